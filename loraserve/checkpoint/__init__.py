@@ -1,0 +1,1 @@
+"""Hugging Face and PEFT directories: configs, safetensors headers, tensor views."""
