@@ -10,11 +10,14 @@ namespace loraserve {
 // The same names and meanings as google.rpc.Code, so an error keeps its code from here to the wire.
 enum class StatusCode {
   kOk,
+  kCancelled,
   kInvalidArgument,
+  kDeadlineExceeded,
   kNotFound,
   kAlreadyExists,
   kFailedPrecondition,
   kResourceExhausted,
+  kUnavailable,
 };
 
 class [[nodiscard]] Status {

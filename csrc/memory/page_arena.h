@@ -9,11 +9,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/page_id.h"
 #include "base/status.h"
 
 namespace loraserve {
-
-using PageId = uint32_t;
 
 // What a page holds now. Either use may grow while the other shrinks.
 enum class PageUse : uint8_t { kFree, kKv, kAdapter };

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraserve._testing import PageArena, PageUse
+from loraserve._testing import PageArena, PageUse, StatusError
 
 PAGES = 16
 
@@ -15,7 +15,7 @@ def test_any_sequence_of_calls_keeps_the_books(calls: list[tuple[bool, int, bool
     for allocate, n, kv in calls:
         use = PageUse.KV if kv else PageUse.ADAPTER
         if allocate and n > PAGES - len(held):
-            with pytest.raises(MemoryError, match="pages: asked for"):
+            with pytest.raises(StatusError, match="pages: asked for"):
                 arena.allocate(n, use)
         elif allocate:
             pages = arena.allocate(n, use)
@@ -37,7 +37,7 @@ def test_a_refused_free_changes_nothing(bad: list[int]) -> None:
     arena = PageArena(4096, 8)
     first = arena.allocate(2, PageUse.KV)
     assert sorted(first) == [0, 1]
-    with pytest.raises(ValueError, match="pages: page"):
+    with pytest.raises(StatusError, match="pages: page"):
         arena.free(bad)
     assert arena.count(PageUse.KV) == 2
     assert arena.count(PageUse.FREE) == 6
@@ -49,9 +49,9 @@ def test_a_refused_free_changes_nothing(bad: list[int]) -> None:
     ("page_bytes", "field"), [(0, "page_bytes"), (63, "page_bytes"), (96, "page_bytes")]
 )
 def test_a_bad_page_size_is_named(page_bytes: int, field: str) -> None:
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(StatusError, match=field):
         PageArena(page_bytes, 4)
-    with pytest.raises(ValueError, match="num_pages"):
+    with pytest.raises(StatusError, match="num_pages"):
         PageArena(4096, 0)
 
 

@@ -1,0 +1,14 @@
+# The CPU kernels, one source per instruction set; the backend picks one table at start.
+set(LORASERVE_CPU_KERNELS csrc/backend/cpu/kernels.cc)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  foreach(level v2 v3 v4)
+    set(source csrc/backend/cpu/kernels_x86_64_${level}.cc)
+    list(APPEND LORASERVE_CPU_KERNELS ${source})
+    set_source_files_properties(${source} PROPERTIES
+      COMPILE_OPTIONS "-march=x86-64-${level};-ffp-contract=fast;-O3")
+  endforeach()
+else()
+  list(APPEND LORASERVE_CPU_KERNELS csrc/backend/cpu/kernels_generic.cc)
+  set_source_files_properties(csrc/backend/cpu/kernels_generic.cc PROPERTIES
+    COMPILE_OPTIONS "-ffp-contract=fast;-O3")
+endif()

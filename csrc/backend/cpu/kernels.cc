@@ -1,0 +1,42 @@
+#include "backend/cpu/kernels.h"
+
+#include <cstring>
+
+namespace loraserve {
+
+#if defined(__x86_64__)
+namespace x86_64_v2 {
+extern const CpuKernels kKernels;
+}
+namespace x86_64_v3 {
+extern const CpuKernels kKernels;
+}
+namespace x86_64_v4 {
+extern const CpuKernels kKernels;
+}
+
+const CpuKernels& SelectKernels(const char* limit) {
+  struct Level {
+    const CpuKernels& kernels;
+    bool runs;
+  };
+  const Level levels[] = {
+      {x86_64_v4::kKernels, __builtin_cpu_supports("x86-64-v4") != 0},
+      {x86_64_v3::kKernels, __builtin_cpu_supports("x86-64-v3") != 0},
+  };
+  bool allowed = limit == nullptr || *limit == '\0';
+  for (const Level& level : levels) {
+    allowed = allowed || std::strcmp(level.kernels.name, limit) == 0;
+    if (allowed && level.runs) return level.kernels;
+  }
+  return x86_64_v2::kKernels;
+}
+#else
+namespace generic {
+extern const CpuKernels kKernels;
+}
+
+const CpuKernels& SelectKernels(const char*) { return generic::kKernels; }
+#endif
+
+}  // namespace loraserve

@@ -1,0 +1,100 @@
+// The CPU's inner loops as a table of functions, one table per instruction set.
+//
+// Every result is batch-invariant: the order of each reduction depends on its length and on
+// absolute positions only, never on how many rows, which chunk or which thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace loraserve {
+
+inline constexpr int kPanelWidth = 16;
+
+// Columns [16 * panel_begin, 16 * panel_end) of y = x W^T. W is prepacked in panels
+// [ceil(N / 16)][K][16] of float or bfloat16. y is written up to whole panels.
+struct GemmArgs {
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  int64_t rows = 0;
+  int64_t k = 0;
+  const void* weight = nullptr;
+  bool bfloat16 = false;
+  int64_t panel_begin = 0;
+  int64_t panel_end = 0;
+  const float* bias = nullptr;  // padded to whole panels, or null
+  bool accumulate = false;
+  float* y = nullptr;
+  int64_t y_stride = 0;
+};
+
+// A matrix that lies in pages: panels of 16 columns (the last may be 8 wide) one after another,
+// each [k][width]. A tile is the run of k-rows of a panel within one page; pages hold whole k-rows.
+struct PagedMatrix {
+  const std::byte* base = nullptr;  // of the arena
+  const uint32_t* pages = nullptr;
+  uint64_t page_bytes = 0;
+  uint64_t offset = 0;  // of the matrix in the run of pages, bytes
+  bool bfloat16 = false;
+  int64_t k = 0;
+  int64_t columns = 0;  // stored: a multiple of 8
+};
+
+// y[:, c] (+)= scale * x M for the 16-column panels [panel_begin, panel_end) of M. Columns at or
+// past `columns` of y are not written.
+struct PagedGemmArgs {
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  int64_t rows = 0;
+  PagedMatrix matrix;
+  int64_t panel_begin = 0;
+  int64_t panel_end = 0;
+  float scale = 1.0f;
+  bool accumulate = false;
+  float* y = nullptr;
+  int64_t y_stride = 0;
+  int64_t columns = 0;
+};
+
+// `count` queries of one KV head against one sequence's cache. Query i may see the positions
+// [first[i], last[i]]. Keys of a block are [block_size / 16][padded_head_dim][16], values
+// [padded_head_dim / 16][block_size][16]; padded_head_dim is head_dim rounded up to 16.
+struct AttentionArgs {
+  const float* const* queries = nullptr;  // [count] -> [head_dim]
+  const int32_t* first = nullptr;
+  const int32_t* last = nullptr;
+  float* const* outputs = nullptr;  // [count] -> [head_dim]
+  int count = 0;                    // at most kMaxQueries
+  int head_dim = 0;
+  int padded_head_dim = 0;
+  int block_size = 0;
+  float scale = 1.0f;
+  const float* const* key_blocks = nullptr;  // by block of the sequence, this head's part
+  const float* const* value_blocks = nullptr;
+  float* scratch = nullptr;  // AttentionScratch(...) floats
+};
+inline constexpr int kMaxQueries = 8;
+inline int64_t AttentionScratch(int64_t context, int padded_head_dim) {
+  return kMaxQueries * ((context + 31) / 16 * 16 + 2 * padded_head_dim);
+}
+
+struct CpuKernels {
+  const char* name;
+  void (*gemm)(const GemmArgs&);
+  void (*paged_gemm)(const PagedGemmArgs&);
+  void (*attention)(const AttentionArgs&);
+  // y = x / sqrt(mean(x^2) + eps) * weight over n values; y may be x.
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+  // y = silu(gate) * up over n values.
+  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* y);
+  // Rotates x [half | half] in place by cos and sin [half].
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t half);
+  // log(sum(exp(x))) over n values, in double across lanes.
+  float (*log_sum_exp)(const float* x, int64_t n);
+};
+
+// The best table this machine can run. `limit`, when not null, names the highest to consider:
+// "x86-64-v2", "x86-64-v3", "x86-64-v4" or "generic".
+const CpuKernels& SelectKernels(const char* limit);
+
+}  // namespace loraserve

@@ -1,0 +1,3 @@
+#define LS_ISA generic
+#define LS_ISA_NAME "generic"
+#include "backend/cpu/kernels.inc"

@@ -1,0 +1,36 @@
+#include "backend/registry.h"
+
+#include <sched.h>
+
+#include <algorithm>
+
+#include "backend/cpu/cpu_backend.h"
+
+namespace loraserve {
+
+namespace {
+
+int UsableCores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+  return std::max(1, CPU_COUNT(&set));
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options) {
+  if (options.threads < 0 || options.threads > 1024) {
+    return Status(StatusCode::kInvalidArgument,
+                  "threads: " + std::to_string(options.threads) + " is not in [0, 1024]");
+  }
+  if (options.device == "cpu") {
+    return std::unique_ptr<Backend>(std::make_unique<CpuBackend>(
+        CpuBackendOptions{.threads = options.threads > 0 ? options.threads : UsableCores(),
+                          .adapter_dtype = options.adapter_dtype,
+                          .isa = options.isa}));
+  }
+  return Status(StatusCode::kInvalidArgument,
+                "device: '" + options.device + "' is not in this build; it has: cpu");
+}
+
+}  // namespace loraserve

@@ -1,0 +1,244 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "base/check.h"
+#include "base/clock.h"
+#include "engine/validate.h"
+
+namespace loraserve {
+
+namespace {
+
+constexpr int64_t kMaxLogitRows = 64;
+
+// The page that wastes the least of a KV block, the smallest among equals. Pages from 16 to 64 KiB
+// keep adapters' tiles long (see docs/decisions) and the rest of an adapter's last page short.
+uint64_t ChoosePageBytes(uint64_t tile_bytes, int tiles) {
+  uint64_t best = 0;
+  uint64_t best_waste = UINT64_MAX;
+  const uint64_t smallest = std::max<uint64_t>(std::bit_ceil(tile_bytes), 16 << 10);
+  for (uint64_t page = smallest; page <= std::max<uint64_t>(smallest, 64 << 10); page *= 2) {
+    const uint64_t per_page = page / tile_bytes;
+    const uint64_t pages = (static_cast<uint64_t>(tiles) + per_page - 1) / per_page;
+    const uint64_t waste = pages * page - static_cast<uint64_t>(tiles) * tile_bytes;
+    if (waste < best_waste) {
+      best = page;
+      best_waste = waste;
+    }
+  }
+  return best;
+}
+
+Status CheckLimits(const EngineConfig& config) {
+  const auto check = [](const char* field, int64_t value, int64_t low, int64_t high) {
+    if (value >= low && value <= high) return Status();
+    return Status(StatusCode::kInvalidArgument, std::string(field) + ": " + std::to_string(value) +
+                                                    " is not in [" + std::to_string(low) + ", " +
+                                                    std::to_string(high) + "]");
+  };
+  for (const Status& status : {check("block_size", config.block_size, 16, 256),
+                               check("max_batch_tokens", config.max_batch_tokens, 1, 65536),
+                               check("max_sequences", config.max_sequences, 1, 4096)}) {
+    if (!status.ok()) return status;
+  }
+  if (config.block_size % 16 != 0) {
+    return Status(StatusCode::kInvalidArgument,
+                  "block_size: " + std::to_string(config.block_size) + " is not a multiple of 16");
+  }
+  return Status();
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Engine>> Engine::Create(const EngineConfig& config, const ModelConfig& model,
+                                               const ModelWeights& weights) {
+  Status status = CheckLimits(config);
+  if (!status.ok()) return status;
+  std::unique_ptr<Engine> engine(new Engine(config, model));
+  status = engine->Initialize(weights);
+  if (!status.ok()) return status;
+  return engine;
+}
+
+Status Engine::Initialize(const ModelWeights& weights) {
+  auto backend = CreateBackend(config_.backend);
+  if (!backend.ok()) return backend.status();
+  backend_ = std::move(backend.value());
+
+  KvLayout layout{.num_layers = model_.num_layers,
+                  .num_heads = model_.num_heads,
+                  .num_kv_heads = model_.num_kv_heads,
+                  .head_dim = model_.head_dim,
+                  .block_size = config_.block_size};
+  layout.tile_bytes = backend_->KvTileBytes(layout);
+  const int tiles = 2 * model_.num_layers;
+  layout.page_bytes =
+      config_.page_bytes != 0 ? config_.page_bytes : ChoosePageBytes(layout.tile_bytes, tiles);
+  if (layout.page_bytes < layout.tile_bytes) {
+    return Status(StatusCode::kInvalidArgument, "page_bytes: " + std::to_string(layout.page_bytes) +
+                                                    " is less than one layer's keys of a block, " +
+                                                    std::to_string(layout.tile_bytes));
+  }
+  layout.tiles_per_page = static_cast<int>(layout.page_bytes / layout.tile_bytes);
+  layout.pages_per_block = (tiles + layout.tiles_per_page - 1) / layout.tiles_per_page;
+  const uint64_t num_pages = config_.memory_bytes / layout.page_bytes;
+  if (num_pages < static_cast<uint64_t>(layout.pages_per_block) || num_pages > UINT32_MAX) {
+    return Status(StatusCode::kInvalidArgument,
+                  "memory_bytes: " + std::to_string(config_.memory_bytes) + " gives " +
+                      std::to_string(num_pages) + " pages of " + std::to_string(layout.page_bytes) +
+                      " bytes; one KV block needs " + std::to_string(layout.pages_per_block));
+  }
+  auto arena = PageArena::Create(layout.page_bytes, static_cast<uint32_t>(num_pages));
+  if (!arena.ok()) return arena.status();
+  Status status =
+      backend_->BindPages(layout, static_cast<uint32_t>(num_pages), model_.inverse_frequencies);
+  if (!status.ok()) return status;
+
+  auto llama = LlamaModel::Create(backend_.get(), model_, weights, config_.weight_dtype,
+                                  config_.max_batch_tokens, kMaxLogitRows);
+  if (!llama.ok()) return llama.status();
+  llama_ = std::move(llama.value());
+  scheduler_ = std::make_unique<Scheduler>(
+      SchedulerConfig{.block_size = config_.block_size,
+                      .pages_per_block = static_cast<uint32_t>(layout.pages_per_block),
+                      .max_batch_tokens = config_.max_batch_tokens,
+                      .max_sequences = config_.max_sequences,
+                      .max_step_adapter_bytes = config_.max_step_adapter_bytes,
+                      .prefix_cache = config_.prefix_cache},
+      std::move(arena.value()));
+  runner_ = std::make_unique<ModelRunner>(backend_.get(), llama_.get(), &scheduler_->blocks(),
+                                          kMaxLogitRows);
+  stats_.page_bytes = layout.page_bytes;
+  stats_.weight_bytes = static_cast<uint64_t>(llama_->weight_bytes());
+  return Status();
+}
+
+int32_t Engine::MaxTokens(const Request& request) const {
+  const auto room = model_.max_position - static_cast<int32_t>(request.prompt.size());
+  return std::min(request.params.max_tokens, room);
+}
+
+Status Engine::Validate(const Request& request) const {
+  const Status status = ValidateRequest(request, model_);
+  if (!status.ok()) return status;
+  const uint32_t pages =
+      scheduler_->PagesFor(static_cast<int64_t>(request.prompt.size()) + MaxTokens(request));
+  const uint32_t available = scheduler_->arena().num_pages();
+  if (pages <= available) return Status();
+  return Status(StatusCode::kResourceExhausted,
+                "prompt: prompt and max_tokens need " + std::to_string(pages) +
+                    " pages, the engine has " + std::to_string(available));
+}
+
+Status Engine::ValidateAdapter(const AdapterSource& source) const {
+  return ValidateAdapterSource(source, model_);
+}
+
+void Engine::Submit(Request request) {
+  const RequestId id = request.id;
+  request.params.max_tokens = MaxTokens(request);
+  auto sequence = std::make_unique<Sequence>();
+  sequence->tokens = request.prompt;
+  sequence->request = std::move(request);
+  Status status = scheduler_->Add(std::move(sequence));
+  if (status.ok()) return;
+  pending_.push_back({.id = id, .finish_reason = FinishReason::kError, .error = status});
+}
+
+void Engine::Abort(RequestId id) {
+  if (scheduler_->Find(id) != nullptr) Finish(id, FinishReason::kCancelled, Status(), nullptr);
+}
+
+Status Engine::AddAdapter(AdapterId id, AdapterSource source) {
+  Status status = ValidateAdapter(source);
+  if (!status.ok()) return status;
+  const uint32_t pages = backend_->AdapterPages(source);
+  status = scheduler_->AddAdapter(id, pages, uint64_t{pages} * stats_.page_bytes);
+  if (status.ok()) runner_->AddAdapter(id, std::move(source));
+  return status;
+}
+
+Status Engine::RemoveAdapter(AdapterId id) { return scheduler_->RemoveAdapter(id); }
+
+void Engine::Finish(RequestId id, FinishReason reason, Status error, Output* last) {
+  const std::unique_ptr<Sequence> sequence = scheduler_->Take(id);
+  LS_CHECK(sequence != nullptr);
+  if (last == nullptr) {
+    pending_.push_back({.id = id, .first_index = sequence->num_output()});
+    last = &pending_.back();
+  }
+  last->finish_reason = reason;
+  last->error = std::move(error);
+}
+
+void Engine::Publish(const StepBatch& batch, std::vector<SampleResult> results) {
+  for (size_t i = 0; i < batch.items.size(); ++i) {
+    if (!batch.items[i].samples) continue;
+    Sequence& sequence = *batch.items[i].sequence;
+    const SamplingParams& params = sequence.request.params;
+    SampleResult& result = results[i];
+    Output output{.id = sequence.request.id, .first_index = sequence.num_output()};
+    output.token_ids.push_back(result.token);
+    output.cached_tokens = sequence.cached_tokens;
+    if (params.logprobs >= 0) output.logprobs.push_back(result.logprob);
+    if (params.logprobs > 0) output.top_logprobs.push_back(std::move(result.top_logprobs));
+    if (output.first_index == 0) output.prompt_logprobs = sequence.prompt_logprobs;
+    sequence.tokens.push_back(result.token);
+    ++stats_.generated_tokens;
+    const bool stops = std::find(params.stop_token_ids.begin(), params.stop_token_ids.end(),
+                                 result.token) != params.stop_token_ids.end();
+    pending_.push_back(std::move(output));
+    if (stops || sequence.num_output() >= params.max_tokens) {
+      Finish(sequence.request.id, stops ? FinishReason::kStop : FinishReason::kLength, Status(),
+             &pending_.back());
+    }
+  }
+}
+
+StepReport Engine::Step(double now) {
+  for (const RequestId id : scheduler_->Expired(now)) {
+    Finish(id, FinishReason::kError, Status(StatusCode::kDeadlineExceeded, "deadline: has passed"),
+           nullptr);
+  }
+  const StepBatch batch = scheduler_->Schedule();
+  if (!batch.items.empty()) {
+    std::vector<SampleResult> results = runner_->Run(batch);
+    scheduler_->Computed(batch);
+    Publish(batch, std::move(results));
+    ++stats_.steps;
+    for (const StepItem& item : batch.items) {
+      if (item.count > 1 || !item.samples) {
+        stats_.prompt_tokens += static_cast<uint64_t>(item.count);
+      }
+    }
+    stats_.step_seconds += MonotonicSeconds() - now;
+  }
+  StepReport report;
+  report.outputs = std::exchange(pending_, {});
+  for (const Scheduler::RemovedAdapter& removed : scheduler_->TakeRemoved()) {
+    runner_->RemoveAdapter(removed.id);
+    report.removed_adapters.push_back(removed.id);
+  }
+  return report;
+}
+
+EngineStats Engine::stats() const {
+  EngineStats stats = stats_;
+  const SchedulerCounters& counters = scheduler_->counters();
+  stats.preemptions = counters.preemptions;
+  stats.prefix_hit_tokens = counters.prefix_hit_tokens;
+  stats.adapter_installs = counters.installs;
+  stats.adapter_evictions = counters.evictions;
+  stats.running = scheduler_->num_running();
+  stats.waiting = scheduler_->num_waiting();
+  const PageArena& arena = scheduler_->arena();
+  stats.pages_free = arena.count(PageUse::kFree);
+  stats.pages_kv = arena.count(PageUse::kKv);
+  stats.pages_adapter = arena.count(PageUse::kAdapter);
+  stats.adapters_installed = scheduler_->adapters().num_installed();
+  return stats;
+}
+
+}  // namespace loraserve

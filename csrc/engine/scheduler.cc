@@ -1,0 +1,337 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace loraserve {
+
+// Invariants: a sequence is in running_ or in exactly one queue of waiting_. A waiting sequence
+// holds no blocks and no pin. A running one uses its cache root and pins its adapter, which is
+// installed.
+
+Scheduler::Scheduler(const SchedulerConfig& config, PageArena arena)
+    : config_(config),
+      arena_(std::move(arena)),
+      blocks_(&arena_, config.pages_per_block),
+      cache_(&blocks_, config.block_size),
+      adapters_(&arena_) {}
+
+uint32_t Scheduler::PagesFor(int64_t tokens) const {
+  const int64_t blocks = (tokens + config_.block_size - 1) / config_.block_size;
+  return static_cast<uint32_t>(blocks) * config_.pages_per_block;
+}
+
+Status Scheduler::AddAdapter(AdapterId id, uint32_t pages, uint64_t bytes) {
+  return adapters_.Add(id, pages, bytes);
+}
+
+Status Scheduler::RemoveAdapter(AdapterId id) {
+  if (!adapters_.Contains(id)) {
+    return Status(StatusCode::kNotFound, "adapter: id " + std::to_string(id) + " is not loaded");
+  }
+  adapters_.StartDraining(id);
+  if (adapters_.Idle(id)) removed_.push_back({id, adapters_.Remove(id)});
+  return Status();
+}
+
+std::vector<Scheduler::RemovedAdapter> Scheduler::TakeRemoved() {
+  return std::exchange(removed_, {});
+}
+
+Status Scheduler::Add(std::unique_ptr<Sequence> sequence) {
+  const AdapterId adapter = sequence->request.adapter;
+  if (sequences_.count(sequence->request.id) > 0) {
+    return Status(StatusCode::kAlreadyExists, "request_id: is in use");
+  }
+  const Request& request = sequence->request;
+  uint64_t pages =
+      PagesFor(static_cast<int64_t>(request.prompt.size()) + request.params.max_tokens);
+  if (adapter != 0) {
+    if (!adapters_.Contains(adapter)) {
+      return Status(StatusCode::kNotFound, "adapter: is not loaded");
+    }
+    const AdapterResidency::Entry& entry = adapters_.entry(adapter);
+    if (entry.draining) return Status(StatusCode::kUnavailable, "adapter: is being unloaded");
+    pages += entry.pages_needed;
+  }
+  if (pages > arena_.num_pages()) {  // so that a sequence alone always fits
+    return Status(StatusCode::kResourceExhausted,
+                  "prompt: prompt, max_tokens and adapter need " + std::to_string(pages) +
+                      " pages, the engine has " + std::to_string(arena_.num_pages()));
+  }
+  if (adapter != 0) adapters_.AddRequest(adapter);
+  sequence->arrival = arrivals_++;
+  Sequence* const added = sequence.get();
+  sequences_.emplace(added->request.id, std::move(sequence));
+  Enqueue(added);
+  return Status();
+}
+
+void Scheduler::Enqueue(Sequence* sequence) {
+  waiting_[sequence->request.adapter].emplace(OrderOf(*sequence), sequence);
+}
+
+Sequence* Scheduler::Find(RequestId id) {
+  const auto found = sequences_.find(id);
+  return found == sequences_.end() ? nullptr : found->second.get();
+}
+
+std::unique_ptr<Sequence> Scheduler::Take(RequestId id) {
+  const auto found = sequences_.find(id);
+  if (found == sequences_.end()) return nullptr;
+  std::unique_ptr<Sequence> sequence = std::move(found->second);
+  sequences_.erase(found);
+  const AdapterId adapter = sequence->request.adapter;
+  if (sequence->running) {
+    StopRunning(*sequence);
+  } else {
+    const auto queue = waiting_.find(adapter);
+    queue->second.erase(OrderOf(*sequence));
+    if (queue->second.empty()) waiting_.erase(queue);
+  }
+  if (adapter != 0) {
+    adapters_.EndRequest(adapter);
+    if (adapters_.entry(adapter).draining && adapters_.Idle(adapter)) {
+      removed_.push_back({adapter, adapters_.Remove(adapter)});
+    }
+  }
+  return sequence;
+}
+
+std::vector<RequestId> Scheduler::Expired(double now) const {
+  std::vector<RequestId> expired;
+  for (const auto& [id, sequence] : sequences_) {
+    if (sequence->request.deadline > 0 && sequence->request.deadline <= now) expired.push_back(id);
+  }
+  return expired;
+}
+
+void Scheduler::StopRunning(Sequence& sequence) {
+  running_.erase(OrderOf(sequence));
+  // Children before parents: the last blocks of a prompt are the least likely to be asked for.
+  for (auto block = sequence.blocks.rbegin(); block != sequence.blocks.rend(); ++block) {
+    if (block->node == PrefixCache::kNone) {
+      blocks_.Free(block->id);
+    } else {
+      cache_.Release(block->node, step_);
+    }
+  }
+  sequence.blocks.clear();
+  if (sequence.root != PrefixCache::kNone) cache_.Release(sequence.root, step_);
+  sequence.root = PrefixCache::kNone;
+  if (sequence.request.adapter != 0) adapters_.Unpin(sequence.request.adapter, step_);
+  sequence.running = false;
+  sequence.computed = 0;
+}
+
+void Scheduler::Preempt(Sequence& sequence, StepBatch& batch) {
+  const auto item =
+      std::find_if(batch.items.begin(), batch.items.end(),
+                   [&](const StepItem& candidate) { return candidate.sequence == &sequence; });
+  if (item != batch.items.end()) {
+    batch.num_tokens -= item->count;
+    batch.items.erase(item);
+  }
+  StopRunning(sequence);
+  Enqueue(&sequence);
+  ++counters_.preemptions;
+}
+
+bool Scheduler::MakeRoom(uint32_t pages, StepBatch& batch) {
+  const uint64_t reachable = uint64_t{arena_.count(PageUse::kFree)} + adapters_.evictable_pages() +
+                             uint64_t{cache_.evictable()} * blocks_.pages_per_block();
+  if (reachable < pages) return false;  // do not evict in vain
+  while (arena_.count(PageUse::kFree) < pages) {
+    const std::optional<uint64_t> block = cache_.OldestUse();
+    const std::optional<uint64_t> adapter = adapters_.OldestUse();
+    if (!block && !adapter) return false;
+    // The longest unused goes; of two as old, the block, which costs less to bring back.
+    if (block && (!adapter || *block <= *adapter)) {
+      cache_.Evict();
+    } else {
+      batch.changes.push_back({.adapter = adapters_.Evict(), .install = false, .pages = {}});
+      ++counters_.evictions;
+    }
+  }
+  return true;
+}
+
+bool Scheduler::GrowBlocks(Sequence& sequence, int32_t tokens, StepBatch& batch) {
+  const size_t wanted = static_cast<size_t>((tokens + config_.block_size - 1) / config_.block_size);
+  if (sequence.blocks.size() >= wanted) return true;
+  const size_t missing = wanted - sequence.blocks.size();
+  if (!MakeRoom(static_cast<uint32_t>(missing) * blocks_.pages_per_block(), batch)) return false;
+  while (sequence.blocks.size() < wanted) {
+    const std::optional<BlockId> block = blocks_.Allocate();
+    LS_CHECK(block.has_value());
+    sequence.blocks.push_back({.id = *block, .node = PrefixCache::kNone});
+  }
+  return true;
+}
+
+void Scheduler::AddItem(Sequence& sequence, int32_t count, StepBatch& batch) {
+  batch.items.push_back({.sequence = &sequence,
+                         .begin = sequence.computed,
+                         .count = count,
+                         .samples = sequence.computed + count == sequence.num_tokens()});
+  batch.num_tokens += count;
+}
+
+StepBatch Scheduler::Schedule() {
+  ++step_;
+  StepBatch batch;
+  const uint64_t preemptions = counters_.preemptions;
+  ScheduleRunning(batch);
+  // A step that had to preempt has no pages to give to newcomers.
+  if (counters_.preemptions == preemptions) Admit(batch);
+  return batch;
+}
+
+void Scheduler::ScheduleRunning(StepBatch& batch) {
+  // Decodes first: they cost one token each and their users wait for every one of them.
+  for (const bool decodes : {true, false}) {
+    std::vector<Sequence*> order;
+    for (const auto& [key, sequence] : running_) {
+      if ((sequence->remaining() == 1) == decodes) order.push_back(sequence);
+    }
+    for (Sequence* sequence : order) {
+      if (!sequence->running) continue;  // preempted a moment ago
+      const int32_t count =
+          std::min(sequence->remaining(), config_.max_batch_tokens - batch.num_tokens);
+      if (count <= 0) break;
+      bool grown = GrowBlocks(*sequence, sequence->computed + count, batch);
+      while (!grown && running_.size() > 1) {
+        Sequence* const victim = running_.rbegin()->second;
+        Preempt(*victim, batch);
+        if (victim == sequence) break;
+        grown = GrowBlocks(*sequence, sequence->computed + count, batch);
+      }
+      // Alone, a sequence always fits: Add() refuses what the arena cannot hold.
+      if (grown) AddItem(*sequence, count, batch);
+    }
+  }
+}
+
+void Scheduler::Admit(StepBatch& batch) {
+  // Heads of the queues, in the order of their requests.
+  std::map<Order, AdapterId> heads;
+  for (const auto& [adapter, queue] : waiting_) heads.emplace(queue.begin()->first, adapter);
+  while (!heads.empty() && static_cast<int32_t>(running_.size()) < config_.max_sequences &&
+         batch.num_tokens < config_.max_batch_tokens) {
+    const AdapterId adapter = heads.begin()->second;
+    heads.erase(heads.begin());
+    const auto queue = waiting_.find(adapter);
+    Sequence* const sequence = queue->second.begin()->second;
+    const Admission admission = TryAdmit(*sequence, batch);
+    if (admission == Admission::kNoPages) return;
+    if (admission == Admission::kNoAdapter) continue;
+    queue->second.erase(queue->second.begin());
+    if (queue->second.empty()) {
+      waiting_.erase(queue);
+    } else {
+      heads.emplace(queue->second.begin()->first, adapter);
+    }
+  }
+}
+
+bool Scheduler::AdapterFitsStep(AdapterId id) const {
+  if (config_.max_step_adapter_bytes == 0) return true;
+  uint64_t bytes = adapters_.entry(id).bytes;
+  bool first = true;
+  std::vector<AdapterId> counted;
+  for (const auto& [key, sequence] : running_) {
+    const AdapterId other = sequence->request.adapter;
+    if (other == id) return true;
+    if (other == 0 || std::find(counted.begin(), counted.end(), other) != counted.end()) continue;
+    counted.push_back(other);
+    bytes += adapters_.entry(other).bytes;
+    first = false;
+  }
+  return first || bytes <= config_.max_step_adapter_bytes;
+}
+
+bool Scheduler::InstallAdapter(AdapterId id, StepBatch& batch) {
+  const AdapterResidency::Entry& entry = adapters_.entry(id);
+  if (entry.installed) return true;
+  const auto installs = std::count_if(batch.changes.begin(), batch.changes.end(),
+                                      [](const AdapterChange& change) { return change.install; });
+  if (installs >= config_.max_step_installs) return false;
+  if (!MakeRoom(entry.pages_needed, batch)) return false;
+  batch.changes.push_back({.adapter = id, .install = true, .pages = adapters_.Install(id)});
+  ++counters_.installs;
+  return true;
+}
+
+Scheduler::Admission Scheduler::TryAdmit(Sequence& sequence, StepBatch& batch) {
+  const AdapterId adapter = sequence.request.adapter;
+  if (adapter != 0) {
+    if (!AdapterFitsStep(adapter) || !InstallAdapter(adapter, batch)) return Admission::kNoAdapter;
+    adapters_.Pin(adapter);
+  }
+  MatchPrefix(sequence);
+  const int32_t count = std::min(sequence.remaining(), config_.max_batch_tokens - batch.num_tokens);
+  // The whole of its tokens must find room, not only the first chunk, or two long prompts would
+  // preempt each other in turn.
+  if (!GrowBlocks(sequence, sequence.num_tokens(), batch)) {
+    StopRunning(sequence);
+    return Admission::kNoPages;
+  }
+  sequence.running = true;
+  running_.emplace(OrderOf(sequence), &sequence);
+  if (!sequence.admitted_once) {
+    sequence.admitted_once = true;
+    sequence.cached_tokens = sequence.computed;
+  }
+  counters_.prefix_hit_tokens += static_cast<uint64_t>(sequence.computed);
+  AddItem(sequence, count, batch);
+  return Admission::kAdmitted;
+}
+
+void Scheduler::MatchPrefix(Sequence& sequence) {
+  if (!config_.prefix_cache) return;
+  sequence.root = cache_.Root(sequence.request.cache_namespace);
+  cache_.Use(sequence.root);
+  // Logprobs of the prompt need every position computed.
+  if (sequence.request.params.prompt_logprobs && sequence.num_output() == 0) return;
+  const std::span<const int32_t> tokens(sequence.tokens);
+  const auto size = static_cast<size_t>(config_.block_size);
+  PrefixCache::NodeId node = sequence.root;
+  // The last token is always computed: its logits are wanted.
+  for (size_t at = 0; at + size < tokens.size(); at += size) {
+    node = cache_.Find(node, tokens.subspan(at, size));
+    if (node == PrefixCache::kNone) break;
+    cache_.Use(node);
+    sequence.blocks.push_back({.id = cache_.block(node), .node = node});
+    sequence.computed += config_.block_size;
+  }
+}
+
+void Scheduler::CachePrefix(Sequence& sequence) {
+  if (sequence.root == PrefixCache::kNone) return;
+  const std::span<const int32_t> tokens(sequence.tokens);
+  const auto size = static_cast<size_t>(config_.block_size);
+  const size_t full = static_cast<size_t>(sequence.computed) / size;
+  for (size_t i = 0; i < full; ++i) {
+    Sequence::Block& block = sequence.blocks[i];
+    if (block.node != PrefixCache::kNone) continue;
+    const PrefixCache::NodeId parent = i == 0 ? sequence.root : sequence.blocks[i - 1].node;
+    const PrefixCache::NodeId twin = cache_.Find(parent, tokens.subspan(i * size, size));
+    if (twin == PrefixCache::kNone) {
+      block.node = cache_.Insert(parent, tokens.subspan(i * size, size), block.id);
+    } else {  // another sequence computed the same block meanwhile: share it
+      cache_.Use(twin);
+      blocks_.Free(block.id);
+      block = {.id = cache_.block(twin), .node = twin};
+    }
+  }
+}
+
+void Scheduler::Computed(const StepBatch& batch) {
+  for (const StepItem& item : batch.items) {
+    item.sequence->computed = item.begin + item.count;
+    CachePrefix(*item.sequence);
+  }
+}
+
+}  // namespace loraserve
