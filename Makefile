@@ -2,37 +2,74 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+BIN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+STRESS_REQUESTS ?= 1500
+CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cc' 'tests/cpp/*.cc' 'bench/cpp/*.cc')
+PY_DIRS := loraserve tests tools bench
 
-.PHONY: help setup test test-all check fmt clean
+.PHONY: help setup demo test test-all stress check stubs tidy bench fmt clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
 
-$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt
+# What runs the product and what builds it.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "LoRAServe needs Python 3.10 or newer; set PYTHON=..."; exit 1; }
+	@command -v c++ >/dev/null || { echo "LoRAServe needs a C++20 compiler (Debian: apt install g++)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt \
-	  'scikit-build-core>=0.10' 'pybind11>=2.13' 'cmake>=3.24' ninja \
-	  pytest hypothesis torch transformers peft safetensors numpy xxhash ruff mypy clang-format==19.1.7
+	$(PIP) 'scikit-build-core>=0.10' 'pybind11>=2.13' 'cmake>=3.24' ninja grpcio-tools
+	$(PIP) $$($(PY) tools/requirements.py)
 	touch $@
 
-setup: $(VENV)/.installed ## make .venv and build the C++ engine into it
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install -q --disable-pip-version-check \
-	  --no-build-isolation --no-deps -C cmake.define.LORASERVE_BUILD_TESTS=ON -e .
+# What only tests and checks want: PyTorch, transformers, PEFT, linters.
+$(VENV)/.test: $(VENV)/.runtime
+	$(PIP) $$($(PY) tools/requirements.py test check)
+	touch $@
 
-test: setup ## the tests (any machine, no GPU)
+# Rebuilds what changed in csrc/ and proto/; quick when nothing did.
+setup: $(VENV)/.runtime ## make .venv and build the engine into it
+	$(BIN) $(PIP) --no-build-isolation --no-deps -C cmake.define.LORASERVE_BUILD_TESTS=ON -e .
+	$(PY) tools/generate_protos.py . >/dev/null
+
+demo: setup ## start a small cluster and watch it answer
+	$(PY) -m loraserve.cli demo $(DEMO_ARGS)
+
+test: $(VENV)/.test setup ## the tests (any machine, no GPU)
 	$(PY) -m pytest tests
 
-test-all: test ## everything the project tests
+stress: $(VENV)/.runtime ## the engine under address, undefined-behaviour and thread sanitizers
+	$(BIN) cmake --preset asan >/dev/null && $(BIN) cmake --build --preset asan
+	UBSAN_OPTIONS=halt_on_error=1 timeout 600 build/asan/stress_engine $(STRESS_REQUESTS)
+	$(BIN) cmake --preset tsan >/dev/null && $(BIN) cmake --build --preset tsan
+	timeout 600 $$(setarch -R true 2>/dev/null && echo setarch -R) build/tsan/stress_engine $(STRESS_REQUESTS)
 
-check: $(VENV)/.installed ## format, lint, types
-	$(VENV)/bin/ruff format --check loraserve tests
-	$(VENV)/bin/ruff check loraserve tests
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cc')
+test-all: test stress ## everything the project tests
+	LORASERVE_LONG=1 $(PY) -m pytest tests -m long
+
+check: $(VENV)/.test setup ## format, lint, types, stubs, layers
+	$(VENV)/bin/ruff format --check $(PY_DIRS)
+	$(VENV)/bin/ruff check $(PY_DIRS)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(VENV)/bin/mypy
+	$(PY) tools/check_stubs.py
+	$(PY) -m pytest tests/test_layers.py
+	$(MAKE) tidy
 
-fmt: $(VENV)/.installed ## format the sources in place
-	$(VENV)/bin/ruff format loraserve tests
-	$(VENV)/bin/ruff check --fix -q loraserve tests
-	$(VENV)/bin/clang-format -i $$(git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cc')
+tidy: $(VENV)/.test ## clang-tidy over the engine
+	$(BIN) cmake --preset cpu >/dev/null
+	$(BIN) $(PY) tools/run_tidy.py
+
+stubs: setup ## rewrite the type stubs of the extension
+	$(PY) tools/check_stubs.py --write
+
+bench: $(VENV)/.test setup ## measure against transformers and PEFT; JSON under bench/results
+	$(PY) bench/engine_vs_transformers.py
+
+fmt: $(VENV)/.test ## format the sources in place
+	$(VENV)/bin/ruff format $(PY_DIRS)
+	$(VENV)/bin/ruff check --fix -q $(PY_DIRS)
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis loraserve/v1/*_pb2*

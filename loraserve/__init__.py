@@ -1,1 +1,19 @@
-"""LoRAServe: multi-LoRA inference at cost proportional to each adapter's own rank."""
+"""LoRAServe: one base model, thousands of LoRA adapters, cost by each adapter's own rank."""
+
+from typing import TYPE_CHECKING, Any
+
+from loraserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from loraserve.engine import Completion, Engine, EngineConfig
+
+__all__ = ["Completion", "Engine", "EngineConfig", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late: a client or a controller needs no engine, and its machine may not even run one.
+    if name in ("Completion", "Engine", "EngineConfig"):
+        import loraserve.engine
+
+        return getattr(loraserve.engine, name)
+    raise AttributeError(name)

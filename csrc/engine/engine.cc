@@ -13,16 +13,18 @@ namespace {
 
 constexpr int64_t kMaxLogitRows = 64;
 
-// The page that wastes the least of a KV block, the smallest among equals. Pages from 16 to 64 KiB
-// keep adapters' tiles long (see docs/decisions) and the rest of an adapter's last page short.
+// The largest page from 64 down to 16 KiB that wastes at most an eighth of a KV block, else the one
+// that wastes least. Large pages keep an adapter's tiles long: docs/decisions/0002-page-size.md.
 uint64_t ChoosePageBytes(uint64_t tile_bytes, int tiles) {
-  uint64_t best = 0;
-  uint64_t best_waste = UINT64_MAX;
+  const uint64_t needed = static_cast<uint64_t>(tiles) * tile_bytes;
   const uint64_t smallest = std::max<uint64_t>(std::bit_ceil(tile_bytes), 16 << 10);
-  for (uint64_t page = smallest; page <= std::max<uint64_t>(smallest, 64 << 10); page *= 2) {
+  uint64_t best = smallest;
+  uint64_t best_waste = UINT64_MAX;
+  for (uint64_t page = std::max<uint64_t>(smallest, 64 << 10); page >= smallest; page /= 2) {
     const uint64_t per_page = page / tile_bytes;
     const uint64_t pages = (static_cast<uint64_t>(tiles) + per_page - 1) / per_page;
-    const uint64_t waste = pages * page - static_cast<uint64_t>(tiles) * tile_bytes;
+    const uint64_t waste = pages * page - needed;
+    if (waste * 8 <= needed) return page;
     if (waste < best_waste) {
       best = page;
       best_waste = waste;
@@ -121,7 +123,7 @@ int32_t Engine::MaxTokens(const Request& request) const {
 }
 
 Status Engine::Validate(const Request& request) const {
-  const Status status = ValidateRequest(request, model_);
+  Status status = ValidateRequest(request, model_);
   if (!status.ok()) return status;
   const uint32_t pages =
       scheduler_->PagesFor(static_cast<int64_t>(request.prompt.size()) + MaxTokens(request));

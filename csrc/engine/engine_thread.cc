@@ -34,7 +34,7 @@ void EngineThread::Post(Command command) {
 }
 
 Status EngineThread::Submit(Request request) {
-  const Status status = engine_->Validate(request);
+  Status status = engine_->Validate(request);
   if (!status.ok()) return status;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -68,7 +68,7 @@ Status EngineThread::Ask(std::function<Status(Engine&)> call) {
 }
 
 Status EngineThread::AddAdapter(AdapterId id, AdapterSource source) {
-  const Status status = engine_->ValidateAdapter(source);
+  Status status = engine_->ValidateAdapter(source);
   if (!status.ok()) return status;
   return Ask([id, source = std::move(source)](Engine& engine) mutable {
     return engine.AddAdapter(id, std::move(source));

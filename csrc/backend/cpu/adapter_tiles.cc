@@ -1,6 +1,7 @@
 #include "backend/cpu/adapter_tiles.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 namespace loraserve {
@@ -26,7 +27,9 @@ void Fill(const PagedMatrix& m, std::byte* arena, int64_t columns, Value value) 
     const uint64_t start = m.offset + static_cast<uint64_t>(panel * kPanelWidth * m.k) * element;
     for (int64_t k = 0; k < m.k; ++k) {
       const uint64_t at = start + static_cast<uint64_t>(k * width + column % kPanelWidth) * element;
-      std::byte* const to = arena + m.pages[at / m.page_bytes] * m.page_bytes + at % m.page_bytes;
+      const uint64_t within = at & ((uint64_t{1} << m.page_shift) - 1);
+      std::byte* const to =
+          arena + (uint64_t{m.pages[at >> m.page_shift]} << m.page_shift) + within;
       const float v = column < columns ? value(k, column) : 0.0f;
       if (m.bfloat16) {
         const uint16_t bits = F32ToBF16(v);
@@ -51,6 +54,7 @@ std::unique_ptr<CpuAdapter> CpuAdapter::Install(const AdapterSource& source, DTy
                                                 std::span<const PageId> pages) {
   auto adapter = std::make_unique<CpuAdapter>();
   adapter->pages_.assign(pages.begin(), pages.end());
+  adapter->pages_.push_back(pages.back());
   const bool bfloat16 = dtype == DType::kBF16;
   uint64_t offset = 0;
   for (const AdapterModuleSource& from : source.modules) {
@@ -60,7 +64,7 @@ std::unique_ptr<CpuAdapter> CpuAdapter::Install(const AdapterSource& source, DTy
     to.scaling = from.scaling;
     to.a = {.base = arena,
             .pages = adapter->pages_.data(),
-            .page_bytes = page_bytes,
+            .page_shift = std::countr_zero(page_bytes),
             .offset = offset,
             .bfloat16 = bfloat16,
             .k = from.a.cols,

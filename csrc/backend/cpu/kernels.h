@@ -32,8 +32,8 @@ struct GemmArgs {
 // each [k][width]. A tile is the run of k-rows of a panel within one page; pages hold whole k-rows.
 struct PagedMatrix {
   const std::byte* base = nullptr;  // of the arena
-  const uint32_t* pages = nullptr;
-  uint64_t page_bytes = 0;
+  const uint32_t* pages = nullptr;  // one more readable past the last, for prefetching
+  int page_shift = 0;               // log2 of the page's bytes
   uint64_t offset = 0;  // of the matrix in the run of pages, bytes
   bool bfloat16 = false;
   int64_t k = 0;

@@ -1,0 +1,107 @@
+"""Packed adapters by revision in a durable store: a local directory, or any URL of fsspec.
+
+The controller writes, nodes may read. A blob is there whole or not at all, and never changes:
+its name is its revision.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from loraserve.errors import InvalidArgumentError, NotFoundError
+
+SUFFIX = ".lora"
+READ_BYTES = 1 << 20
+
+
+class DurableStore:
+    """Methods block on disk or network; call them outside the event loop. They raise OSError where
+    the store fails."""
+
+    def __init__(self, url: str) -> None:
+        """`url`: a path, or a URL such as s3://bucket/folder. Raises InvalidArgumentError."""
+        try:
+            filesystem, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise InvalidArgumentError("store", f"{url!r}: {error}") from None
+        self._filesystem: Any = filesystem
+        self._root = str(root).rstrip("/")
+        self._local = "file" in (
+            (filesystem.protocol,) if isinstance(filesystem.protocol, str) else filesystem.protocol
+        )
+        if self._local:
+            os.makedirs(self._root, exist_ok=True)
+
+    def path_of(self, revision: str) -> str:
+        """Where the blob of a revision lies in the store. Raises InvalidArgumentError."""
+        if not re.fullmatch(r"[0-9a-f]{64}", revision):
+            raise InvalidArgumentError("revision", "is not 64 lower-case hexadecimal digits")
+        # Two digits of fan-out keep directories of 100,000 adapters quick.
+        return f"{self._root}/{revision[:2]}/{revision}{SUFFIX}"
+
+    def local_path(self, revision: str) -> Path | None:
+        """The blob's file where the store is a directory of this machine and has it."""
+        path = Path(self.path_of(revision))
+        return path if self._local and path.is_file() else None
+
+    def put(self, revision: str, source: Path) -> None:
+        """Stores the file `source` as the blob of `revision`; nothing happens where it is there."""
+        target = self.path_of(revision)
+        if self._filesystem.exists(target):
+            return
+        if not self._local:
+            # One upload is atomic in object stores.
+            self._filesystem.put_file(str(source), target)
+            return
+        directory = os.path.dirname(target)
+        os.makedirs(directory, exist_ok=True)
+        staged = f"{target}.{secrets.token_hex(8)}.part"
+        try:
+            with source.open("rb") as read, open(staged, "xb") as write:
+                while block := read.read(READ_BYTES):
+                    write.write(block)
+                write.flush()
+                os.fsync(write.fileno())
+            os.replace(staged, target)
+            _sync_directory(directory)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(staged)
+            raise
+
+    def size_bytes(self, revision: str) -> int:
+        """Raises NotFoundError."""
+        try:
+            return int(self._filesystem.size(self.path_of(revision)))
+        except FileNotFoundError:
+            raise NotFoundError("revision", f"{revision} is not in the store") from None
+
+    def read(self, revision: str, offset: int = 0) -> Generator[bytes, None, None]:
+        """The blob from `offset` on in blocks of at most READ_BYTES. Raises NotFoundError."""
+        try:
+            file = self._filesystem.open(self.path_of(revision), "rb")
+        except FileNotFoundError:
+            raise NotFoundError("revision", f"{revision} is not in the store") from None
+        with file:
+            file.seek(offset)
+            while block := file.read(READ_BYTES):
+                yield block
+
+    def remove(self, revision: str) -> None:
+        """Nothing happens where it is not there. Readers that have it open read on (locally)."""
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(self.path_of(revision))
+
+
+def _sync_directory(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

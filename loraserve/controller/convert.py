@@ -1,0 +1,160 @@
+"""Wire messages to the controller's values and back. What comes from the wire is checked here."""
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from loraserve.controller.events import (
+    Copy,
+    DemandSample,
+    Heartbeat,
+    NodeRecord,
+    Residency,
+    SendDrop,
+    SendLoad,
+)
+from loraserve.controller.routes import AdapterRoute, NodeRoute
+from loraserve.controller.store import AdapterRecord
+from loraserve.errors import InvalidArgumentError
+from loraserve.placement.types import AdapterId, AdapterSpec
+from loraserve.security.identity import check_base, check_name, check_revision
+from loraserve.v1 import adapter_pb2, common_pb2, controller_pb2, node_pb2
+from loraserve.wire import split_address
+
+
+def adapter_id_from_wire(message: common_pb2.AdapterId) -> AdapterId:
+    """Raises InvalidArgumentError."""
+    return AdapterId(
+        check_name("adapter.tenant", message.tenant),
+        check_base("adapter.base", message.base),
+        check_name("adapter.name", message.name),
+    )
+
+
+def adapter_id_to_wire(adapter: AdapterId) -> common_pb2.AdapterId:
+    return common_pb2.AdapterId(tenant=adapter.tenant, base=adapter.base, name=adapter.name)
+
+
+def load_to_wire(spec: AdapterSpec) -> node_pb2.AdapterLoad:
+    return node_pb2.AdapterLoad(
+        adapter=adapter_id_to_wire(spec.adapter),
+        revision=spec.revision,
+        size_bytes=spec.size_bytes,
+        max_rank=spec.max_rank,
+    )
+
+
+def command_to_wire(command: SendLoad | SendDrop) -> controller_pb2.Command:
+    message = controller_pb2.Command(command_id=command.command_id)
+    if isinstance(command, SendLoad):
+        message.load.CopyFrom(load_to_wire(command.spec))
+    else:
+        message.drop.adapter.CopyFrom(adapter_id_to_wire(command.adapter))
+        message.drop.revision = command.revision
+    return message
+
+
+def node_from_wire(message: controller_pb2.RegisterNodeRequest) -> NodeRecord:
+    """Raises InvalidArgumentError."""
+    host, port = split_address(message.address)
+    if port == 0 or host in ("0.0.0.0", "::"):
+        raise InvalidArgumentError("address", f"{message.address}: clients cannot connect to it")
+    return NodeRecord(
+        check_name("node_id", message.node_id),
+        message.incarnation,
+        message.address,
+        check_base("base.name", message.base.name),
+        message.base.digest,
+        message.adapter_memory_bytes,
+        message.limits.max_rank,
+    )
+
+
+def heartbeat_from_wire(message: controller_pb2.HeartbeatRequest) -> Heartbeat:
+    """Raises InvalidArgumentError."""
+    copies = []
+    for r in message.residency:
+        try:
+            state = Residency(r.state)
+        except ValueError:
+            raise InvalidArgumentError("residency.state", f"{r.state} is unknown") from None
+        revision = check_revision("residency.revision", r.revision)
+        copies.append(Copy(adapter_id_from_wire(r.adapter), revision, state, r.error.message))
+    demand = tuple(
+        DemandSample(adapter_id_from_wire(d.adapter), d.prefill_tokens, d.decode_tokens)
+        for d in message.demand
+    )
+    failed = tuple(
+        (r.command_id, r.error.message or r.error.reason or "failed")
+        for r in message.results
+        if r.HasField("error")
+    )
+    return Heartbeat(
+        message.node_id,
+        message.incarnation,
+        message.generation,
+        tuple(copies),
+        demand,
+        failed,
+        message.draining,
+        message.applied_command_id,
+    )
+
+
+def route_to_wire(route: AdapterRoute) -> controller_pb2.AdapterRoute:
+    message = controller_pb2.AdapterRoute(
+        adapter=adapter_id_to_wire(route.adapter),
+        revision=route.revision,
+        unrouted_reason=route.unrouted_reason,
+    )
+    for revision in route.revisions:
+        made = message.revisions.add(
+            revision=revision.revision,
+            max_rank=revision.max_rank,
+            size_bytes=revision.size_bytes,
+        )
+        for holder in revision.holders:
+            made.holders.add(
+                node_id=holder.node_id,
+                weight=holder.weight,
+                state=common_pb2.ResidencyState.ValueType(holder.state.value),
+            )
+    return message
+
+
+def node_route_to_wire(node: NodeRoute) -> controller_pb2.NodeRoute:
+    return controller_pb2.NodeRoute(
+        node_id=node.node_id,
+        address=node.address,
+        draining=node.draining,
+        incarnation=node.incarnation,
+        base=common_pb2.BaseModel(name=node.base, digest=node.base_digest),
+    )
+
+
+def _timestamp(microseconds: int) -> Timestamp:
+    made = Timestamp()
+    made.FromMicroseconds(microseconds)
+    return made
+
+
+def adapter_to_wire(
+    record: AdapterRecord, copies: list[tuple[str, Copy]], unrouted_reason: str
+) -> adapter_pb2.Adapter:
+    """`copies`: (node id, copy) of the current revision."""
+    spec = record.history[0]
+    return adapter_pb2.Adapter(
+        tenant=spec.adapter.tenant,
+        base=spec.adapter.base,
+        name=spec.adapter.name,
+        revision=spec.revision,
+        size_bytes=spec.size_bytes,
+        max_rank=spec.max_rank,
+        create_time=_timestamp(record.create_time_us),
+        update_time=_timestamp(record.update_time_us),
+        holders=[
+            adapter_pb2.AdapterHolder(
+                node_id=node_id, state=common_pb2.ResidencyState.ValueType(copy.state.value)
+            )
+            for node_id, copy in copies
+        ],
+        unrouted_reason=unrouted_reason,
+    )

@@ -1,0 +1,132 @@
+"""loraserve-controller: reads the command line, runs the controller until SIGTERM or SIGINT."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraserve.controller.server import ControllerOptions, ControllerServer
+from loraserve.controller.state import Settings
+from loraserve.errors import LoraServeError
+from loraserve.placement.policies import DEFAULT_POLICY, POLICIES
+from loraserve.security import TlsFiles
+
+_log = logging.getLogger("loraserve.controller")
+
+CANNOT_START = 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loraserve-controller",
+        description="Keeps the adapters of a cluster, places them on nodes and publishes routes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--listen", default="127.0.0.1:7400", help="host:port; port 0 takes a free one")
+    add("--port-file", type=Path, help="file that gets the bound address, for scripts")
+    add("--data-dir", type=Path, required=True, help="registry, placement and packed adapters")
+    add("--store", help="path or fsspec URL of the packed adapters (default: in --data-dir)")
+    add("--keys", type=Path, help="key file; without one only loopback is served")
+    add("--tls-cert", type=Path, help="PEM certificate of this server")
+    add("--tls-key", type=Path, help="PEM key of --tls-cert")
+    add("--tls-client-ca", type=Path, help="demand client certificates of this authority (PEM)")
+    add("--metrics-listen", help="loopback host:port of /metrics; port 0 takes a free one")
+    add("--metrics-port-file", type=Path, help="file that gets the bound address of /metrics")
+    add("--policy", default=DEFAULT_POLICY, choices=sorted(POLICIES), help="of placement")
+    add("--replicas", type=int, default=1, help="copies of each adapter that are wanted")
+    add("--heartbeat-period", type=float, default=1.0, help="of nodes, seconds")
+    add("--missed-heartbeats", type=int, default=3, help="after so many a node is lost")
+    add("--placement-interval", type=float, default=60.0, help="seconds")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+def _options(arguments: argparse.Namespace) -> ControllerOptions:
+    tls = None
+    if arguments.tls_cert or arguments.tls_key or arguments.tls_client_ca:
+        tls = TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
+    period = arguments.heartbeat_period
+    settings = Settings(
+        tick_seconds=period,
+        silent_ticks=arguments.missed_heartbeats,
+        placement_interval_ticks=max(1, round(arguments.placement_interval / period)),
+        replicas=arguments.replicas,
+    )
+    return ControllerOptions(
+        listen=arguments.listen,
+        data_dir=arguments.data_dir,
+        keys=arguments.keys,
+        tls=tls,
+        metrics_listen=arguments.metrics_listen,
+        store=arguments.store,
+        policy=arguments.policy,
+        settings=settings,
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Ranges that argparse does not know. Exits like argparse."""
+    if not 0.01 <= arguments.heartbeat_period <= 3600:
+        _parser().error("--heartbeat-period: from 0.01 to 3600 seconds")
+    if arguments.replicas < 1 or arguments.missed_heartbeats < 1:
+        _parser().error("--replicas and --missed-heartbeats: at least 1")
+
+
+def write_port_file(path: Path | None, address: str) -> None:
+    """Whole or not at all, so that a script that waits for the file never reads half of it."""
+    if path is not None:
+        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
+        staged.write_text(address + "\n")
+        os.replace(staged, path)
+
+
+async def _serve(server: ControllerServer, arguments: argparse.Namespace) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    try:
+        await server.start()
+        write_port_file(arguments.port_file, server.address)
+        write_port_file(arguments.metrics_port_file, server.metrics_address)
+        if server.metrics_address:
+            _log.info("metrics on http://%s/metrics", server.metrics_address)
+        await stopping.wait()
+        _log.info("stopping")
+    finally:
+        await server.stop()
+        for path in (arguments.port_file, arguments.metrics_port_file):
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+    _log.info("stopped")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
+    arguments = _parser().parse_args(argv)
+    _check(arguments)
+    logging.basicConfig(
+        level=arguments.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+    async def run() -> None:
+        await _serve(ControllerServer(_options(arguments)), arguments)
+
+    try:
+        asyncio.run(run())
+    except (LoraServeError, OSError) as error:
+        print(f"loraserve-controller: {error}", file=sys.stderr)
+        return CANNOT_START
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The shell around the core: feeds it events in order, makes its effects happen, keeps time.
+
+Everything here runs in one event loop. `apply` holds a lock from the event to the last effect, so
+effects happen in the order in which the core asked for them.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+
+from loraserve.controller.events import (
+    AskRegister,
+    Effect,
+    Event,
+    NodeLost,
+    NodeRegistered,
+    PublishRoutes,
+    SavePlacement,
+    SendDrop,
+    SendLoad,
+    Tick,
+)
+from loraserve.controller.routes import RouteTable
+from loraserve.controller.state import ControllerState, Settings
+from loraserve.controller.store import StateStore
+from loraserve.placement.types import AdapterId, PlacementPolicy
+
+_log = logging.getLogger(__name__)
+
+Command = SendLoad | SendDrop
+
+
+class NodeLink:
+    """The way to one node: commands that wait for its heartbeat stream. At most one per node is
+    open; a new one closes the one before."""
+
+    def __init__(self, node_id: str) -> None:
+        self.node_id = node_id
+        self.must_register = False
+        self.closed = False
+        self._commands: list[Command] = []
+        self._beats = 0
+        self._wake = asyncio.Event()
+
+    def send(self, command: Command) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    def answer_beat(self, must_register: bool) -> None:
+        """Makes `messages` yield even without commands: nodes take an answer for a sign of life."""
+        self._beats += 1
+        self.must_register = must_register
+        self._wake.set()
+
+    def close(self) -> None:
+        self.closed = True
+        self._wake.set()
+
+    async def messages(self) -> AsyncIterator[list[Command]]:
+        """Commands as they come, in batches; ends when the link is closed."""
+        while not self.closed:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._commands or self._beats:
+                commands, self._commands, self._beats = self._commands, [], 0
+                yield commands
+
+
+class Runtime:
+    """Owns the core, and the ways to nodes and watchers."""
+
+    def __init__(self, state: ControllerState, store: StateStore, settings: Settings) -> None:
+        self.state = state
+        self.store = store
+        self.settings = settings
+        self._lock = asyncio.Lock()
+        self._links: dict[str, NodeLink] = {}
+        self._routes_changed = asyncio.Condition()
+        self._closing = False
+
+    @classmethod
+    def start(cls, store: StateStore, settings: Settings, policy: PlacementPolicy) -> "Runtime":
+        """A new epoch on what the store holds. Raises OSError."""
+        epoch = store.begin_epoch()
+        histories = [record.history for record in store.adapters()]
+        state = ControllerState(settings, policy, epoch, histories, store.placement())
+        _log.info("epoch %d: %d adapters in the registry", epoch, len(histories))
+        return cls(state, store, settings)
+
+    async def apply(self, event: Event) -> list[Effect]:
+        """Takes one event, carries its effects out. Raises what `ControllerState.step` raises."""
+        async with self._lock:
+            effects = self.state.step(event)
+            publish = False
+            for effect in effects:
+                match effect:
+                    case SavePlacement(holders):
+                        await self._save(holders)
+                    case SendLoad() | SendDrop():
+                        self._send(effect)
+                    case PublishRoutes():
+                        publish = True
+                    case NodeLost(node_id):
+                        _log.warning("node %s is lost: no heartbeat", node_id)
+                        self.close_link(node_id)
+                    case AskRegister(node_id):
+                        _log.info("node %s must register", node_id)
+            if isinstance(event, NodeRegistered):
+                n = event.node
+                _log.info("node %s registered at %s, base %s", n.node_id, n.address, n.base)
+        if publish:
+            async with self._routes_changed:
+                self._routes_changed.notify_all()
+        return effects
+
+    async def _save(self, holders: Mapping[AdapterId, tuple[str, ...]]) -> None:
+        try:
+            await asyncio.to_thread(self.store.save_placement, holders)
+        except OSError as error:
+            # Serving goes on: the placement is a wish that the next start would only repeat.
+            _log.error("the placement could not be saved: %s", error)
+
+    def _send(self, command: Command) -> None:
+        _log.info("to %s: %s", command.node_id, _words(command))
+        link = self._links.get(command.node_id)
+        if link is not None:  # else the core sends it again
+            link.send(command)
+
+    def open_link(self, node_id: str) -> NodeLink:
+        self.close_link(node_id)
+        link = NodeLink(node_id)
+        self._links[node_id] = link
+        return link
+
+    def close_link(self, node_id: str, link: NodeLink | None = None) -> None:
+        """Closes the node's link; only `link` where it is given."""
+        known = self._links.get(node_id)
+        if known is not None and (link is None or known is link):
+            known.close()
+            del self._links[node_id]
+
+    async def tables(self) -> AsyncIterator[RouteTable]:
+        """The route table now and after every change. A slow reader skips versions; ends when the
+        controller closes."""
+        seen = -1
+        while True:
+            async with self._routes_changed:
+                while not self._closing and self.state.routes.version == seen:
+                    await self._routes_changed.wait()
+                if self._closing:
+                    return
+                table = self.state.routes
+            seen = table.version
+            yield table
+
+    async def run(self) -> None:
+        """Ticks until cancelled. Late ticks are not made up for: a controller that was stopped for
+        a minute must not take every node for lost at once."""
+        while True:
+            await asyncio.sleep(self.settings.tick_seconds)
+            try:
+                await self.apply(Tick())
+            except Exception:
+                _log.exception("a tick failed")
+
+    async def close(self) -> None:
+        """Ends the streams of nodes and watchers."""
+        self._closing = True
+        for node_id in list(self._links):
+            self.close_link(node_id)
+        async with self._routes_changed:
+            self._routes_changed.notify_all()
+
+
+def _words(command: Command) -> str:
+    if isinstance(command, SendLoad):
+        return f"load {command.spec.adapter} revision {command.spec.revision[:12]}"
+    return f"drop {command.adapter} revision {command.revision[:12]}"

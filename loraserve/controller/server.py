@@ -1,0 +1,153 @@
+"""The controller's parts put together: storage, core, servicers, health, reflection, metrics."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import (
+    health,
+    health_pb2,
+    health_pb2_grpc,
+)
+from grpc_reflection.v1alpha import reflection
+
+from loraserve.checkpoint.durable_store import DurableStore
+from loraserve.controller.adapter_servicer import AdapterServicer
+from loraserve.controller.admission import Admission, Inspector, inspect_packed
+from loraserve.controller.controller_servicer import ControllerServicer
+from loraserve.controller.metrics import ControllerMetrics, MetricsServer
+from loraserve.controller.registry import AdapterRegistry
+from loraserve.controller.runtime import Runtime
+from loraserve.controller.state import Settings
+from loraserve.controller.store import SqliteStore
+from loraserve.errors import InvalidArgumentError
+from loraserve.placement.policies import DEFAULT_POLICY, policy_named
+from loraserve.security import TlsFiles, authenticator, server_credentials
+from loraserve.v1 import adapter_pb2, adapter_pb2_grpc, controller_pb2, controller_pb2_grpc
+from loraserve.wire import SERVER_OPTIONS, bind
+
+_log = logging.getLogger(__name__)
+
+SERVICES = (
+    adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name,
+)
+
+
+@dataclass(frozen=True)
+class ControllerOptions:
+    """`listen` and `metrics_listen` are host:port, port 0 for a free one. Packed adapters go to
+    `store` (path or URL), DATA_DIR/adapters by default."""
+
+    listen: str
+    data_dir: Path
+    keys: Path | None = None
+    tls: TlsFiles | None = None
+    metrics_listen: str | None = None
+    store: str | None = None
+    policy: str = DEFAULT_POLICY
+    settings: Settings = field(default_factory=Settings)
+    inspector: Inspector = inspect_packed
+
+
+class _RequestCounter(grpc.aio.ServerInterceptor):
+    """Comes after the access check, so that strangers cannot make series."""
+
+    def __init__(self, metrics: ControllerMetrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Any]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        self._metrics.requests.labels(handler_call_details.method).inc()
+        return await continuation(handler_call_details)
+
+
+class ControllerServer:
+    """One controller. `start`, then `stop`; both once."""
+
+    def __init__(self, options: ControllerOptions) -> None:
+        """Raises LoraServeError for options that cannot work; nothing listens yet."""
+        self._options = options
+        gate = authenticator(options.listen, options.keys, options.tls)
+        policy = policy_named(options.policy)
+        self._credentials = server_credentials(options.tls) if options.tls else None
+        try:
+            options.data_dir.mkdir(parents=True, exist_ok=True)
+            self._blobs = DurableStore(options.store or str(options.data_dir / "adapters"))
+            self._admission = Admission(options.data_dir / "staging", options.inspector)
+        except OSError as error:
+            raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
+        self._store = SqliteStore(options.data_dir / "controller.sqlite")
+        self.metrics = ControllerMetrics()
+        self._metrics_server: MetricsServer | None = None
+        self._ticking: asyncio.Task[None] | None = None
+        try:
+            self.runtime = Runtime.start(self._store, options.settings, policy)
+        except BaseException:
+            self._store.close()
+            raise
+        self.metrics.observe(self.runtime)
+        self._gate = gate
+        self.address = ""
+        self.metrics_address = ""
+
+    async def start(self) -> None:
+        """Listens and serves. Raises UnavailableError where an address is taken; then `stop` is
+        still to be called."""
+        options = self._options
+        self._server = grpc.aio.server(
+            interceptors=[self._gate, _RequestCounter(self.metrics)], options=SERVER_OPTIONS
+        )
+        registry = AdapterRegistry(self.runtime, self._blobs, lambda: time.time_ns() // 1000)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
+            AdapterServicer(self.runtime, registry, self._admission, self._blobs), self._server
+        )
+        controller_pb2_grpc.add_ControllerServiceServicer_to_server(
+            ControllerServicer(self.runtime, self.metrics), self._server
+        )
+        self._health = health.aio.HealthServicer()
+        await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.address = bind(self._server, options.listen, self._credentials)
+        if options.metrics_listen:
+            self._metrics_server = self.metrics.serve(options.metrics_listen)
+            self.metrics_address = self._metrics_server.address
+        await self._server.start()
+        self._ticking = asyncio.create_task(self.runtime.run())
+        await self._tell_health(health_pb2.HealthCheckResponse.SERVING)
+        _log.info("serving on %s", self.address)
+
+    async def _tell_health(self, status: Any) -> None:
+        for name in ("", *SERVICES):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Refuses new calls, ends the streams, lets uploads end for `grace_s`, closes the store."""
+        if self._ticking is not None:
+            await self._health.enter_graceful_shutdown()
+            self._ticking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._ticking
+        await self.runtime.close()
+        if hasattr(self, "_server"):
+            # From now on new calls are refused; what still runs is cancelled once no upload does.
+            ending = asyncio.ensure_future(self._server.stop(grace_s))
+            while self._admission.running and not ending.done():
+                await asyncio.sleep(0.02)
+            await self._server.stop(None)
+            await ending
+        if self._metrics_server is not None:
+            self._metrics_server.close()
+        self._store.close()

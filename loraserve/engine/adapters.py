@@ -1,0 +1,143 @@
+"""The adapters an engine has loaded, by name. Thread-safe."""
+
+import itertools
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from loraserve import _engine
+from loraserve.checkpoint.packed_adapter import (
+    PackedAdapter,
+    load_adapter_source,
+    pack,
+    parse_packed,
+)
+from loraserve.checkpoint.peft_adapter import read_arrays
+from loraserve.engine.assembly import typed_error
+from loraserve.engine.loading import adapter_modules
+from loraserve.errors import (
+    AlreadyExistsError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+
+AdapterInput: TypeAlias = str | Path | PackedAdapter | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """One load of an adapter. A new revision under the same name is another load."""
+
+    name: str
+    engine_id: int
+    revision: str
+    max_rank: int
+    size_bytes: int
+    """Of the packed adapter in host memory."""
+
+
+def read_adapter(source: AdapterInput, config: Mapping[str, Any] | None) -> PackedAdapter:
+    """A packed adapter from a PEFT directory, a packed file, arrays with a PEFT config, or itself.
+
+    Raises InvalidCheckpointError or UnsupportedError, naming the field.
+    """
+    if isinstance(source, PackedAdapter):
+        return source
+    if isinstance(source, str | Path):
+        if config is not None:
+            raise InvalidArgumentError("config", "goes with arrays, not with a path")
+        return load_adapter_source(Path(source))
+    if config is None:
+        raise InvalidArgumentError("config", "arrays need their PEFT config")
+    return parse_packed(pack(read_arrays(source, config)))
+
+
+class AdapterTable:
+    """Names to loads. The engine keeps an unloaded adapter until its last request has ended."""
+
+    def __init__(self, engine: _engine.Engine, base_digest: str | None, base_name: str) -> None:
+        self._engine = engine
+        self._base_digest = base_digest
+        self._base_name = base_name
+        self._lock = threading.Lock()
+        self._loads: dict[str, LoadedAdapter] = {}
+        self._draining: dict[int, threading.Event] = {}
+        self._ids = itertools.count(1)
+
+    def _check_base(self, adapter: PackedAdapter) -> None:
+        digest = adapter.base_digest
+        if digest is not None and self._base_digest is not None and digest != self._base_digest:
+            raise FailedPreconditionError(
+                "base",
+                f"the adapter was packed for base digest {digest}, this engine has "
+                f"{self._base_digest}",
+            )
+
+    def load(
+        self, name: str, adapter: PackedAdapter, *, replace: bool, allow_base_mismatch: bool
+    ) -> LoadedAdapter:
+        """The load; the former one of this name, if any, drains in the background."""
+        if not name:
+            raise InvalidArgumentError("adapter", "needs a name")
+        if not allow_base_mismatch:
+            self._check_base(adapter)
+        with self._lock:
+            known = self._loads.get(name)
+            if known is not None and known.revision == adapter.revision:
+                return known
+            if known is not None and not replace:
+                raise AlreadyExistsError("adapter", f"{name!r} is loaded in another revision")
+            engine_id = next(self._ids)
+            try:
+                self._engine.add_adapter(engine_id, adapter_modules(adapter))
+            except _engine.StatusError as error:
+                raise typed_error(*error.args) from None
+            load = LoadedAdapter(
+                name, engine_id, adapter.revision, adapter.max_rank, adapter.size_bytes
+            )
+            self._loads[name] = load
+            if known is not None:
+                self._drain(known)
+            return load
+
+    def _drain(self, load: LoadedAdapter) -> threading.Event:
+        drained = self._draining[load.engine_id] = threading.Event()
+        self._engine.remove_adapter(load.engine_id)
+        return drained
+
+    def unload(self, name: str, timeout_s: float | None) -> None:
+        """New requests are refused at once; returns when the last running one has ended."""
+        with self._lock:
+            load = self._loads.pop(name, None)
+            if load is None:
+                raise NotFoundError("adapter", f"{name!r} is not loaded")
+            drained = self._drain(load)
+        if not drained.wait(timeout_s):
+            raise DeadlineExceededError(
+                "timeout_s", f"{name!r} is still in use; it goes on draining"
+            )
+
+    def removed(self, engine_ids: list[int]) -> None:
+        """The engine reads these no more."""
+        with self._lock:
+            for engine_id in engine_ids:
+                drained = self._draining.pop(engine_id, None)
+                if drained is not None:
+                    drained.set()
+
+    def get(self, name: str) -> LoadedAdapter:
+        """Raises NotFoundError."""
+        with self._lock:
+            load = self._loads.get(name)
+        if load is None:
+            raise NotFoundError("adapter", f"{name!r} is not loaded")
+        return load
+
+    def loads(self) -> list[LoadedAdapter]:
+        """By name."""
+        with self._lock:
+            return sorted(self._loads.values(), key=lambda load: load.name)

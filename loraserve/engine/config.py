@@ -1,0 +1,35 @@
+"""What an engine is made of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DTypeChoice = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """An engine's model, device and limits. Sizes in bytes, lengths in tokens."""
+
+    model: str | Path
+    """A Hugging Face directory."""
+    device: str = "cpu"
+    weight_dtype: DTypeChoice = "auto"
+    """auto: bfloat16 if the checkpoint is bfloat16, else float32."""
+    adapter_dtype: DTypeChoice = "auto"
+    """auto: bfloat16 adapters stay so, others become float32."""
+    memory_bytes: int | None = None
+    """KV cache and adapters together; None: 1 GiB."""
+    block_size: int = 16
+    """Tokens of a KV block, a multiple of 16."""
+    page_bytes: int = 0
+    """0: chosen from the model's shape."""
+    max_batch_tokens: int = 512
+    max_sequences: int = 64
+    max_step_adapter_bytes: int = 0
+    """Distinct adapter bytes that one step may touch; 0: no limit."""
+    prefix_cache: bool = True
+    threads: int = 0
+    """0: one for each core this process may use."""
+    isa: str = ""
+    """CPU: the highest instruction set to use ("x86-64-v3", ...); empty: no limit."""

@@ -1,0 +1,132 @@
+"""Carries the engine's outputs to threads and event loops: one wake-up for each step and loop."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from loraserve import _engine
+from loraserve.engine.assembly import RawOutput, typed_error
+from loraserve.errors import LoraServeError, UnavailableError
+
+# How long the delivering thread sleeps at most before it looks whether it should end.
+_POLL_S = 0.5
+
+
+class Mailbox:
+    """Outputs of one request, taken by a waiting thread or by a coroutine of `loop`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.loop = loop
+        self._items: deque[RawOutput] = deque()
+        self._condition = threading.Condition()
+        self._event = asyncio.Event() if loop else None
+
+    def put(self, item: RawOutput) -> None:
+        """From the delivering thread if there is no loop, else on the loop."""
+        if self._event is not None:
+            self._items.append(item)
+            self._event.set()
+            return
+        with self._condition:
+            self._items.append(item)
+            self._condition.notify()
+
+    def get(self, timeout_s: float | None) -> RawOutput | None:
+        """The next output, or None if none came in time."""
+        with self._condition:
+            if not self._condition.wait_for(lambda: self._items, timeout_s):
+                return None
+            return self._items.popleft()
+
+    async def aget(self) -> RawOutput:
+        """The next output."""
+        assert self._event is not None
+        while not self._items:
+            self._event.clear()
+            await self._event.wait()
+        return self._items.popleft()
+
+
+def _raw(output: _engine.Output) -> RawOutput:
+    reason = output.finish_reason
+    return RawOutput(
+        first_index=output.first_index,
+        token_ids=output.token_ids,
+        logprobs=output.logprobs,
+        top_logprobs=[dict(top) for top in output.top_logprobs],
+        prompt_logprobs=output.prompt_logprobs,
+        cached_tokens=output.cached_tokens,
+        finish_reason=reason,
+        error=typed_error(output.error_code, output.error_message) if reason == "error" else None,
+    )
+
+
+def _failed(error: LoraServeError) -> RawOutput:
+    return RawOutput(0, [], [], [], [], 0, "error", error)
+
+
+def _put_all(items: list[tuple[Mailbox, RawOutput]]) -> None:
+    for mailbox, item in items:
+        mailbox.put(item)
+
+
+class Delivery:
+    """The thread that waits for the engine's reports. `on_removed` is called with adapter ids."""
+
+    def __init__(self, engine: _engine.Engine, on_removed: Callable[[list[int]], None]) -> None:
+        self._engine = engine
+        self._on_removed = on_removed
+        self._lock = threading.Lock()
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine-delivery", daemon=True)
+        self._thread.start()
+
+    def register(self, request_id: int, mailbox: Mailbox) -> None:
+        """Before the request is submitted."""
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("engine", "is closed")
+            self._mailboxes[request_id] = mailbox
+
+    def forget(self, request_id: int) -> None:
+        """Nothing more is delivered for this request."""
+        with self._lock:
+            self._mailboxes.pop(request_id, None)
+
+    def join(self) -> None:
+        """After the engine has stopped: whoever still waits gets UnavailableError."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (report := self._engine.wait_report(_POLL_S)) is not None:
+            if report.removed_adapters:
+                self._on_removed(report.removed_adapters)
+            outputs = report.outputs
+            if outputs:
+                self._deliver([(output.id, _raw(output)) for output in outputs])
+        with self._lock:
+            self._closed = True
+            waiting = list(self._mailboxes)
+        closed = UnavailableError("engine", "was closed before the answer ended")
+        self._deliver([(request_id, _failed(closed)) for request_id in waiting])
+
+    def _deliver(self, outputs: list[tuple[int, RawOutput]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, RawOutput]]] = {}
+        with self._lock:
+            for request_id, output in outputs:
+                mailbox = self._mailboxes.get(request_id)
+                if output.finish_reason:
+                    self._mailboxes.pop(request_id, None)
+                if mailbox is None:
+                    continue
+                if mailbox.loop is None:
+                    mailbox.put(output)
+                else:
+                    by_loop.setdefault(mailbox.loop, []).append((mailbox, output))
+        for loop, items in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, items)
+            except RuntimeError:  # that loop has been closed, and its readers with it
+                continue

@@ -1,0 +1,1 @@
+"""The node daemon: one engine, the adapters it holds, and the services that clients reach."""

@@ -1,0 +1,344 @@
+"""The adapters that a node holds: loaded on command or on demand, dropped when nobody uses them.
+
+Lives on the event loop; fetching and installing happen in threads, so requests for other adapters
+go on. A request whose adapter is on its way waits in that adapter's own queue.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from loraserve.errors import (
+    LoraServeError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from loraserve.node.engine_api import ServedEngine
+from loraserve.node.held import DRAINING, FAILED, FETCHING, HOST, HeldAdapter, refusal
+from loraserve.node.limits import RETRY_AFTER_S, Limits, full
+from loraserve.node.requests import LiveRequest
+from loraserve.node.sources import AdapterFetch, Packed
+from loraserve.placement.types import AdapterId, AdapterSpec
+from loraserve.v1 import common_pb2
+
+_log = logging.getLogger(__name__)
+
+_CONCURRENT_LOADS = 4
+# Requests have ended before the engine is asked to unload; it needs a step or two.
+_UNLOAD_S = 60.0
+
+# Which revision a name points to (None), or whether a name has the revision. Raises NotFoundError
+# or UnavailableError.
+Resolver = Callable[[AdapterId, str | None], Awaitable[AdapterSpec]]
+
+
+class HeldAdapters:
+    """`on_change` is called whenever `generation` has risen, `on_load` with the seconds of every
+    load that succeeded."""
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        fetch: AdapterFetch,
+        limits: Limits,
+        *,
+        resolve: Resolver | None = None,
+        on_change: Callable[[], None] = lambda: None,
+        on_load: Callable[[float], None] = lambda seconds: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._fetch = fetch
+        self._limits = limits
+        self._resolve = resolve
+        self._on_change = on_change
+        self._on_load = on_load
+        self._clock = clock
+        self._held: dict[AdapterId, dict[str, HeldAdapter]] = {}
+        self._waiting: Counter[AdapterId] = Counter()
+        self._resolving: dict[tuple[AdapterId, str | None], asyncio.Task[AdapterSpec]] = {}
+        self._serials = itertools.count(1)
+        self._slots = asyncio.Semaphore(_CONCURRENT_LOADS)
+        self._threads = ThreadPoolExecutor(_CONCURRENT_LOADS, "adapter-load")
+        self._cleanups: set[asyncio.Task[None]] = set()
+        self.generation = 1
+
+    # What is here
+
+    def _all(self) -> Iterator[HeldAdapter]:
+        for copies in self._held.values():
+            yield from copies.values()
+
+    def residency(self) -> list[common_pb2.AdapterResidency]:
+        """Everything that the node holds, fetches or failed to load."""
+        return [held.to_wire() for held in self._all()]
+
+    def count_by_state(self) -> Counter[int]:
+        """Copies by ResidencyState. The only method that other threads may call."""
+        return Counter(h.state for copies in list(self._held.values()) for h in list(copies.values()))
+
+    def copies(self, adapter: AdapterId) -> list[HeldAdapter]:
+        return list(self._held.get(adapter, {}).values())
+
+    def _changed(self) -> None:
+        self.generation += 1
+        self._on_change()
+
+    def _forget(self, held: HeldAdapter) -> None:
+        copies = self._held.get(held.spec.adapter, {})
+        if copies.get(held.spec.revision) is held:
+            del copies[held.spec.revision]
+            if not copies:
+                del self._held[held.spec.adapter]
+            self._changed()
+
+    # Use by requests
+
+    def acquire_now(
+        self, adapter: AdapterId, revision: str | None, user: LiveRequest
+    ) -> HeldAdapter | None:
+        """The copy that serves now, pinned for `user`; None where the request must wait. Without
+        a revision, the one that came last."""
+        copies = self._held.get(adapter)
+        if copies is None:
+            return None
+        held: HeldAdapter | None
+        if revision is not None:
+            held = copies.get(revision)
+        else:
+            serving = (h for h in copies.values() if h.state == HOST)
+            held = max(serving, key=lambda h: h.serial, default=None)
+        if held is None or held.state != HOST:
+            return None
+        held.pin(user)
+        return held
+
+    async def acquire(
+        self, adapter: AdapterId, revision: str | None, user: LiveRequest
+    ) -> HeldAdapter:
+        """As `acquire_now`, but loads what is not here and waits for it. Release what it returns.
+
+        Raises NotFoundError, UnavailableError, FailedPreconditionError (cannot be loaded) and
+        ResourceExhaustedError (queue of this adapter, or memory of the node, is full).
+        """
+        if self._waiting[adapter] >= self._limits.max_waiting_per_adapter:
+            raise full("adapter", self._waiting[adapter])
+        self._waiting[adapter] += 1
+        try:
+            held = self._coming(adapter, revision)
+            if held is None:
+                held = self.begin_load(await self._resolved(adapter, revision), placed=False)
+            held.pin(user)
+            try:
+                await held.settled.wait()
+                if held.error is not None:
+                    raise refusal(held.error)
+                if held.state != HOST:
+                    raise UnavailableError("adapter", "is being dropped from this node")
+            except BaseException:
+                self.release(held, user)
+                raise
+            return held
+        finally:
+            self._waiting[adapter] -= 1
+            if not self._waiting[adapter]:
+                del self._waiting[adapter]
+
+    def release(self, held: HeldAdapter, user: LiveRequest) -> None:
+        held.unpin(user, self._clock())
+
+    def _coming(self, adapter: AdapterId, revision: str | None) -> HeldAdapter | None:
+        """The copy that a request is to wait for; None where the node must ask for one."""
+        copies = self._held.get(adapter, {})
+        if revision is not None:
+            held = copies.get(revision)
+        else:
+            able = (h for h in copies.values() if h.state != DRAINING)
+            held = max(able, key=lambda h: h.serial, default=None)
+        if held is None or held.state in (HOST, FETCHING):
+            return held
+        if held.state == DRAINING:
+            raise UnavailableError("adapter", "is being dropped from this node")
+        if held.error is not None and self._clock() < held.retry_s:
+            raise refusal(held.error)
+        return self.begin_load(held.spec, placed=held.placed)
+
+    async def _resolved(self, adapter: AdapterId, revision: str | None) -> AdapterSpec:
+        if self._resolve is None:
+            raise NotFoundError("adapter", f"{adapter.name!r} is not on this node")
+        key = (adapter, revision)
+        asking = self._resolving.get(key)
+        if asking is None:
+            asking = asyncio.ensure_future(self._resolve(adapter, revision))
+            self._resolving[key] = asking
+            asking.add_done_callback(lambda task: self._answered(key, task))
+        return await asyncio.shield(asking)
+
+    def _answered(
+        self, key: tuple[AdapterId, str | None], task: "asyncio.Task[AdapterSpec]"
+    ) -> None:
+        del self._resolving[key]
+        if not task.cancelled():
+            task.exception()  # those who wait have it; without them it is nobody's
+
+    # Loading
+
+    def begin_load(self, spec: AdapterSpec, *, placed: bool) -> HeldAdapter:
+        """Starts to load a revision, or joins the load that runs; `settled` tells its end.
+
+        Raises ResourceExhaustedError where the adapter memory has no room.
+        """
+        copies = self._held.get(spec.adapter, {})
+        known = copies.get(spec.revision)
+        if known is not None:
+            known.placed = known.placed or placed
+            if known.state == DRAINING and not known.unloading and known.dropping is not None:
+                known.dropping.cancel()
+                known.dropping = None
+                known.state = HOST
+                self._changed()
+            if known.state in (HOST, FETCHING):
+                return known
+        self._make_room(spec)
+        held = HeldAdapter(spec, next(self._serials), placed, known.failures if known else 0)
+        self._held.setdefault(spec.adapter, {})[spec.revision] = held
+        held.loading = asyncio.create_task(self._load(held))
+        self._changed()
+        return held
+
+    async def hold(self, adapter: AdapterId, packed: Packed) -> None:
+        """Holds a packed adapter that somebody else has read. Raises what the engine raises."""
+        spec = AdapterSpec(adapter, packed.revision, packed.size_bytes, packed.max_rank)
+        self._make_room(spec)
+        held = HeldAdapter(spec, next(self._serials), placed=True)
+        await self._in_thread(lambda: self._engine.load_adapter(held.engine_name, packed))
+        held.state = HOST
+        held.settled.set()
+        self._held.setdefault(adapter, {})[spec.revision] = held
+        self._changed()
+
+    def _make_room(self, spec: AdapterSpec) -> None:
+        """Evicts the coldest copies that nobody uses or has placed here."""
+        limit = self._limits.adapter_memory_bytes
+        if spec.size_bytes > limit:
+            raise ResourceExhaustedError(
+                "adapter_memory_bytes", f"{spec.adapter}: {spec.size_bytes} bytes, of {limit} here"
+            )
+        counted = [h for h in self._all() if h.state != FAILED and not h.unloading]
+        # A new revision may stand beside the old one, which goes when its requests have ended.
+        taken = sum(h.spec.size_bytes for h in counted if h.spec.adapter != spec.adapter)
+        idle = [h for h in counted if h.state == HOST and not h.users and not h.placed]
+        for held in sorted(idle, key=lambda h: h.used_s):
+            if taken + spec.size_bytes <= limit:
+                break
+            if held.spec.adapter != spec.adapter:
+                _log.info("evicting %s revision %s", held.spec.adapter, held.spec.revision[:12])
+                taken -= held.spec.size_bytes
+                self.begin_drop(held)
+        if taken + spec.size_bytes > limit:
+            raise ResourceExhaustedError(
+                "adapter_memory_bytes",
+                f"{spec.adapter} needs {spec.size_bytes} bytes, {taken} of {limit} are in use",
+                RETRY_AFTER_S,
+            )
+
+    async def _load(self, held: HeldAdapter) -> None:
+        spec, start = held.spec, self._clock()
+        try:
+            async with self._slots:
+                packed = await self._fetch.fetch(spec)
+                if not spec.size_bytes:
+                    held.spec = replace(
+                        spec, size_bytes=packed.size_bytes, max_rank=packed.max_rank
+                    )
+                    self._make_room(held.spec)
+                held.installing = True
+                await self._in_thread(lambda: self._engine.load_adapter(held.engine_name, packed))
+        except asyncio.CancelledError:
+            held.settled.set()
+            raise
+        except Exception as error:
+            typed = error if isinstance(error, LoraServeError) else None
+            if typed is None:
+                _log.exception("loading %s failed", spec.adapter)
+                typed = LoraServeError("adapter", "loading failed; the node's log says why")
+            _log.warning("adapter %s revision %s: %s", spec.adapter, spec.revision[:12], typed)
+            held.fail(typed, self._clock())
+            self._changed()
+            return
+        if held.dropping is not None:  # it was dropped while the engine was reading it
+            held.settled.set()
+            return
+        seconds = self._clock() - start
+        held.state, held.used_s = HOST, self._clock()
+        held.settled.set()
+        self._changed()
+        self._on_load(seconds)
+        _log.info(
+            "adapter %s revision %s is here: rank %d, %d bytes, %.3f s",
+            *(spec.adapter, spec.revision[:12], held.spec.max_rank, held.spec.size_bytes, seconds),
+        )
+
+    def _in_thread(self, call: Callable[[], object]) -> "asyncio.Future[object]":
+        return asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    # Dropping
+
+    def begin_drop(self, held: HeldAdapter, timeout_s: float | None = None) -> None:
+        """Serves nobody new; the copy goes when its users have ended, and after `timeout_s` they
+        are ended. `dropping` of the copy ends when it is gone, unless it is wanted again."""
+        if held.dropping is not None:
+            if timeout_s is not None:
+                asyncio.get_running_loop().call_later(timeout_s, self._end_users, held)
+            return
+        held.placed = False
+        if held.state == HOST:
+            held.state = DRAINING
+            self._changed()
+        else:
+            held.error = held.error or UnavailableError("adapter", "was dropped while it loaded")
+            self._forget(held)
+            if held.loading is not None and not held.installing:
+                held.loading.cancel()
+        held.dropping = asyncio.create_task(self._drop(held, timeout_s))
+        self._cleanups.add(held.dropping)
+        held.dropping.add_done_callback(self._cleanups.discard)
+
+    def _end_users(self, held: HeldAdapter) -> None:
+        for user in list(held.users):
+            user.end(UnavailableError("adapter", "was unloaded"))
+
+    async def _drop(self, held: HeldAdapter, timeout_s: float | None) -> None:
+        if held.loading is not None:
+            await asyncio.wait({held.loading})
+        if held.state == FAILED or (held.state == FETCHING and not held.installing):
+            return
+        try:
+            await asyncio.wait_for(held.idle.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            self._end_users(held)
+            await held.idle.wait()
+        held.unloading = True
+        try:
+            await self._in_thread(
+                lambda: self._engine.unload_adapter(held.engine_name, _UNLOAD_S)
+            )
+        except LoraServeError as error:
+            _log.error("unloading %s: %s", held.spec.adapter, error)
+        self._forget(held)
+        _log.info("adapter %s revision %s is gone", held.spec.adapter, held.spec.revision[:12])
+
+    async def close(self) -> None:
+        """Ends loads and drops; the engine keeps what it has."""
+        tasks = [*self._cleanups, *self._resolving.values()]
+        tasks += [h.loading for h in self._all() if h.loading is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,99 @@
+"""One copy of one revision on this node."""
+
+import asyncio
+
+from loraserve.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LoraServeError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from loraserve.node.requests import LiveRequest
+from loraserve.placement.types import AdapterSpec
+from loraserve.v1 import common_pb2
+from loraserve.v1.common_pb2 import (
+    RESIDENCY_STATE_DRAINING,
+    RESIDENCY_STATE_FAILED,
+    RESIDENCY_STATE_FETCHING,
+    RESIDENCY_STATE_HOST,
+)
+from loraserve.wire_errors import to_detail
+
+FETCHING = RESIDENCY_STATE_FETCHING
+HOST = RESIDENCY_STATE_HOST
+DRAINING = RESIDENCY_STATE_DRAINING
+FAILED = RESIDENCY_STATE_FAILED
+
+_FIRST_RETRY_S = 1.0
+_LAST_RETRY_S = 30.0
+
+
+class HeldAdapter:
+    """FETCHING until it is in the engine, then HOST; DRAINING and gone, or FAILED. `engine_name`
+    is another one for every load, so an old copy and a new one never meet in the engine."""
+
+    def __init__(self, spec: AdapterSpec, serial: int, placed: bool, failures: int = 0) -> None:
+        """`placed`: somebody wants it here whether or not it is used; it is never evicted."""
+        self.spec = spec
+        self.serial = serial
+        self.placed = placed
+        self.failures = failures
+        self.engine_name = f"{spec.adapter}@{spec.revision}#{serial}"
+        self.state: common_pb2.ResidencyState.ValueType = FETCHING
+        self.error: LoraServeError | None = None
+        self.retry_s = 0.0
+        self.used_s = 0.0
+        self.users: set[LiveRequest] = set()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        # Loading has ended, one way or the other.
+        self.settled = asyncio.Event()
+        # The engine is reading it: too late to cancel, it is unloaded afterwards instead.
+        self.installing = False
+        self.unloading = False
+        self.loading: asyncio.Task[None] | None = None
+        self.dropping: asyncio.Task[None] | None = None
+
+    def pin(self, user: LiveRequest) -> None:
+        self.users.add(user)
+        self.idle.clear()
+
+    def unpin(self, user: LiveRequest, now_s: float) -> None:
+        self.users.discard(user)
+        self.used_s = now_s
+        if not self.users:
+            self.idle.set()
+
+    def fail(self, error: LoraServeError, now_s: float) -> None:
+        self.state = FAILED
+        self.error = error
+        self.failures += 1
+        wait_s = _FIRST_RETRY_S * 2.0 ** min(self.failures - 1, 10)
+        self.retry_s = now_s + min(wait_s, _LAST_RETRY_S)
+        self.settled.set()
+
+    def to_wire(self) -> common_pb2.AdapterResidency:
+        adapter = self.spec.adapter
+        message = common_pb2.AdapterResidency(
+            adapter=common_pb2.AdapterId(
+                tenant=adapter.tenant, base=adapter.base, name=adapter.name
+            ),
+            revision=self.spec.revision,
+            state=self.state,
+            size_bytes=self.spec.size_bytes,
+            active_requests=len(self.users),
+        )
+        if self.error is not None:
+            message.error.CopyFrom(to_detail(self.error))
+        return message
+
+
+def refusal(error: LoraServeError) -> LoraServeError:
+    """What a request is told whose adapter could not be loaded: the request itself is not wrong,
+    and another node may well have the adapter unless its bytes are at fault."""
+    if isinstance(error, ResourceExhaustedError):
+        return error
+    if isinstance(error, InvalidArgumentError | FailedPreconditionError):
+        return FailedPreconditionError("adapter", f"cannot be loaded: {error}")
+    return UnavailableError("adapter", f"could not be loaded here: {error}")

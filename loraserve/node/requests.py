@@ -1,0 +1,108 @@
+"""The requests that a node has taken and not yet ended. Lives on the event loop."""
+
+import asyncio
+from collections.abc import Callable
+
+from loraserve.errors import AlreadyExistsError, CancelledError, LoraServeError
+from loraserve.node.limits import full
+
+
+class LiveRequest:
+    """One attempt of one request. `abort` is set once the engine has it."""
+
+    def __init__(self, tenant: str, request_id: str, attempt: int) -> None:
+        self.tenant = tenant
+        self.request_id = request_id
+        self.attempt = attempt
+        self.queued_prefill_tokens = 0
+        self.abort: Callable[[], None] | None = None
+        self.ended_by: LoraServeError | None = None
+        # Done when somebody ends the request from outside before the engine has it.
+        self.stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def engine_request_id(self) -> str:
+        return f"{self.tenant}/{self.request_id}#{self.attempt}"
+
+    def end(self, error: LoraServeError | None) -> None:
+        """Ends the request: with `error`, or with what it has so far where there is none."""
+        self.ended_by = self.ended_by or error
+        if not self.stopped.done():
+            self.stopped.set_result(None)
+        if self.abort is not None:
+            self.abort()
+
+
+class LiveRequests:
+    """Bounded; request ids are unique within a tenant."""
+
+    def __init__(self, max_requests: int) -> None:
+        self._max_requests = max_requests
+        self._live: dict[tuple[str, str], LiveRequest] = {}
+        # Attempts that a later one has replaced and that have not ended yet.
+        self._replaced: set[LiveRequest] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __len__(self) -> int:
+        return len(self._live) + len(self._replaced)
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens of requests that have brought no token yet."""
+        return sum(request.queued_prefill_tokens for request in self._live.values())
+
+    def add(self, tenant: str, request_id: str, attempt: int) -> LiveRequest:
+        """Takes a request; a higher attempt ends the one that runs, whose client is gone.
+
+        Raises AlreadyExistsError for any other attempt, ResourceExhaustedError where the node is
+        full.
+        """
+        key = (tenant, request_id)
+        known = self._live.get(key)
+        if known is not None and attempt <= known.attempt:
+            raise AlreadyExistsError(
+                "request_id", f"{request_id!r} runs here in attempt {known.attempt}"
+            )
+        if known is None and len(self) >= self._max_requests:
+            raise full("requests", len(self))
+        if known is not None:
+            self._replaced.add(known)
+            known.end(CancelledError("attempt", f"attempt {attempt} has replaced it"))
+        self._live[key] = made = LiveRequest(tenant, request_id, attempt)
+        self._empty.clear()
+        return made
+
+    def remove(self, request: LiveRequest) -> None:
+        key = (request.tenant, request.request_id)
+        if self._live.get(key) is request:
+            del self._live[key]
+        self._replaced.discard(request)
+        if not len(self):
+            self._empty.set()
+
+    def abort(self, tenant: str | None, request_id: str) -> bool:
+        """Ends the request of this tenant, of any tenant where it is None. Whether there was one."""
+        found = [
+            request
+            for (owner, known), request in self._live.items()
+            if known == request_id and tenant in (None, owner)
+        ]
+        for request in found:
+            request.end(None)
+        return bool(found)
+
+    async def wait_empty(self, timeout_s: float) -> bool:
+        """Whether every request has ended within the time."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def end_all(self, error: LoraServeError) -> int:
+        """Ends every request with `error`; how many those are."""
+        ended = [*self._live.values(), *self._replaced]
+        for request in ended:
+            request.end(error)
+        return len(ended)

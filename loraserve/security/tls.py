@@ -1,0 +1,52 @@
+"""TLS and mutual TLS from files. gRPC takes TLS 1.2 and 1.3 and checks host names itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from loraserve.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files. A server needs `cert` and `key`; with `ca` it demands client certificates of that
+    authority. A client needs `ca` (None: the system's), and `cert` and `key` where the server
+    demands them."""
+
+    cert: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise InvalidArgumentError("tls", "certificate and key go together")
+
+
+def _read(field: str, path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidArgumentError(field, f"cannot be read: {error}") from None
+    # gRPC would take anything and fail every handshake later.
+    if b"-----BEGIN " not in data:
+        raise InvalidArgumentError(field, f"{path} is not a PEM file")
+    return data
+
+
+def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    """Raises InvalidArgumentError that names the file."""
+    cert, key = _read("tls-cert", files.cert), _read("tls-key", files.key)
+    ca = _read("tls-client-ca", files.ca)
+    if cert is None or key is None:
+        raise InvalidArgumentError("tls", "a server needs a certificate and a key")
+    return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
+
+
+def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
+    """Raises InvalidArgumentError that names the file."""
+    return grpc.ssl_channel_credentials(
+        _read("tls-ca", files.ca), _read("tls-key", files.key), _read("tls-cert", files.cert)
+    )

@@ -1,0 +1,227 @@
+"""The tokenizer of a Hugging Face directory, as transformers would load it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, processors
+
+from loraserve.checkpoint.bounded_json import parse_object
+from loraserve.errors import InvalidArgumentError, InvalidCheckpointError
+
+MAX_TOKENIZER_BYTES = 128 << 20
+MAX_CONFIG_BYTES = 8 << 20
+MAX_TEMPLATE_BYTES = 1 << 20
+
+_NAMED = (
+    *("bos_token", "eos_token", "unk_token", "sep_token"),
+    *("pad_token", "cls_token", "mask_token"),
+)
+_CONFIG = "tokenizer_config.json"
+
+
+def _read(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise InvalidCheckpointError(path.name, f"more than the limit of {limit} bytes")
+    return raw
+
+
+def _added_token(field: str, value: Any) -> AddedToken:
+    """A token written as a string or as an object with its flags."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        raise InvalidCheckpointError(field, "is not a token")
+    flags = {
+        key: bool(value[key])
+        for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
+        if key in value
+    }
+    return AddedToken(value["content"], **flags)
+
+
+class _Settings:
+    """tokenizer_config.json, completed by special_tokens_map.json where that still counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.values: dict[str, Any] = {}
+        if (path / _CONFIG).is_file():
+            raw = _read(path / _CONFIG, MAX_CONFIG_BYTES)
+            self.values = parse_object(_CONFIG, raw, MAX_CONFIG_BYTES)
+        old = path / "special_tokens_map.json"
+        if "added_tokens_decoder" not in self.values and old.is_file():
+            raw = _read(old, MAX_CONFIG_BYTES)
+            self.values |= parse_object(old.name, raw, MAX_CONFIG_BYTES)
+
+    def flag(self, key: str) -> bool | None:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise InvalidCheckpointError(f"{_CONFIG} {key}", "is not true or false")
+        return value
+
+    def named(self) -> dict[str, AddedToken]:
+        """bos_token and the others of their kind."""
+        return {
+            key: _added_token(f"{_CONFIG} {key}", self.values[key])
+            for key in _NAMED
+            if self.values.get(key) is not None
+        }
+
+    def extra(self) -> list[AddedToken]:
+        """Special tokens without one of the usual roles."""
+        found: list[Any] = []
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            value = self.values.get(key) or []
+            if not isinstance(value, list | dict):
+                raise InvalidCheckpointError(f"{_CONFIG} {key}", "is not a list of tokens")
+            found += value.values() if isinstance(value, dict) else value
+        for key, value in self.values.items():
+            if key.endswith("_token") and key not in _NAMED and isinstance(value, str):
+                found.append(value)
+        return [_added_token(f"{_CONFIG} extra_special_tokens", token) for token in found]
+
+    def added(self) -> list[AddedToken]:
+        """In the order of their ids."""
+        key = "added_tokens_decoder"
+        value = self.values.get(key) or {}
+        field = f"{_CONFIG} {key}"
+        if not isinstance(value, dict) or not all(k.isdecimal() and len(k) < 10 for k in value):
+            raise InvalidCheckpointError(field, "is not an object from ids to tokens")
+        return [_added_token(field, value[k]) for k in sorted(value, key=int)]
+
+    def chat_templates(self, path: Path) -> dict[str, str]:
+        """By name; "default" is the usual one. A file chat_template.jinja takes precedence."""
+        field = f"{_CONFIG} chat_template"
+        file = path / "chat_template.jinja"
+        if file.is_file():
+            try:
+                # As Python reads text: line ends become "\n".
+                text = _read(file, MAX_TEMPLATE_BYTES).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InvalidCheckpointError(file.name, f"not UTF-8: {error}") from None
+            return {"default": text.replace("\r\n", "\n").replace("\r", "\n")}
+        value = self.values.get("chat_template")
+        if value is None:
+            return {}
+        if isinstance(value, str):
+            return {"default": value}
+        if not isinstance(value, list) or not all(
+            isinstance(entry, dict)
+            and isinstance(entry.get("name"), str)
+            and isinstance(entry.get("template"), str)
+            for entry in value
+        ):
+            raise InvalidCheckpointError(field, "is neither a string nor a list of named ones")
+        return {entry["name"]: entry["template"] for entry in value}
+
+
+def _load(raw: bytes) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_buffer(raw)
+    except BaseException as error:
+        # A panic of the Rust library derives from BaseException; it is a broken file too.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InvalidCheckpointError("tokenizer.json", str(error)[:500]) from None
+
+
+class Tokenizer:
+    """Text to token ids and back. Immutable; every method may be called from any thread."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_templates: Mapping[str, str],
+    ) -> None:
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        """Role ("bos_token", ...) to its text."""
+        self.chat_templates = dict(chat_templates)
+        """Name to Jinja source; empty where the model has none."""
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        """Added tokens included. The model's may be larger: such ids decode to nothing."""
+        self.bos_id = self._id_of("bos_token")
+        eos = self._id_of("eos_token")
+        self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._byte_of = self._byte_tokens()
+
+    @classmethod
+    def from_directory(cls, path: Path) -> "Tokenizer":
+        """Of tokenizer.json with tokenizer_config.json, both in `path`.
+
+        Raises InvalidCheckpointError naming the file and the key.
+        """
+        if not (path / "tokenizer.json").is_file():
+            raise InvalidCheckpointError("tokenizer.json", f"not found in {path.name!r}")
+        settings = _Settings(path)
+        backend = _load(_read(path / "tokenizer.json", MAX_TOKENIZER_BYTES))
+        backend.no_truncation()
+        backend.no_padding()
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_tokens([token for token in settings.added() if token.content not in known])
+        named = settings.named()
+        backend.add_special_tokens([*named.values(), *settings.extra()])
+        special_tokens = {role: token.content for role, token in named.items()}
+        _apply_bos_eos(backend, settings, special_tokens)
+        return cls(backend, special_tokens, settings.chat_templates(path))
+
+    def _id_of(self, role: str) -> int | None:
+        token = self.special_tokens.get(role)
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _byte_tokens(self) -> dict[int, int]:
+        probe = self._backend.token_to_id("<0x41>")
+        if probe is None or self._backend.decode([probe]) != "A":
+            return {}
+        ids = ((self._backend.token_to_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
+        return {token: byte for token, byte in ids if token is not None}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; with the begin and end tokens that the model expects unless told not to.
+
+        Special tokens that are written out in `text` become their ids.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError):
+            raise InvalidArgumentError("text", "is not Unicode text") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; ids that the tokenizer does not know are left out."""
+        try:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError):
+            raise InvalidArgumentError("ids", "token ids are integers from 0 to 2^32-1") from None
+
+    def has_text(self, token: int) -> bool:
+        """False for special tokens and unknown ids: `decode` skips them."""
+        if token < 0 or token >= 1 << 32 or token in self.special_ids:
+            return False
+        return self._backend.id_to_token(token) is not None
+
+    def byte_of(self, token: int) -> int | None:
+        """The byte of a byte-fallback token (Llama 2's "<0xE2>"), None for all others."""
+        return self._byte_of.get(token)
+
+
+def _apply_bos_eos(
+    backend: tokenizers.Tokenizer, settings: _Settings, special_tokens: Mapping[str, str]
+) -> None:
+    """add_bos_token and add_eos_token, where given, replace what tokenizer.json says."""
+    add_bos, add_eos = settings.flag("add_bos_token"), settings.flag("add_eos_token")
+    if add_bos is None and add_eos is None:
+        return
+    bos = special_tokens.get("bos_token") if add_bos else None
+    eos = special_tokens.get("eos_token") if add_eos else None
+    template = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+    backend.post_processor = processors.TemplateProcessing(
+        single=template,
+        pair=[*template, "$B:1"],
+        special_tokens=[(token, backend.token_to_id(token)) for token in (bos, eos) if token],
+    )
