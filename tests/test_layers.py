@@ -25,7 +25,7 @@ UPPER = {"client", "controller", "node"}
 PYTHON_FLOORS: dict[str, set[str]] = (
     {name: GROUND for name in GROUND}
     | {name: GROUND for name in MIDDLE}
-    | {"engine": GROUND | {"_engine", "text", "checkpoint"}}
+    | {"engine": GROUND | {"_engine", "text", "checkpoint"}, "text": GROUND | {"checkpoint"}}
     | {name: GROUND | MIDDLE for name in UPPER}
     # The top: commands and the demo.
     | {"cli": GROUND | MIDDLE | UPPER | {"commands", "demo"}}

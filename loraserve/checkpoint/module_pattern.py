@@ -17,7 +17,7 @@ from loraserve.errors import InvalidCheckpointError, UnsupportedError
 MAX_PATTERN_CHARS = 512
 MAX_NESTING = 16
 MAX_REPEAT = 255
-MAX_STEPS = 5_000_000
+MAX_STEPS = 3_000_000  # about three seconds
 
 _DIGITS = frozenset("0123456789")
 _WORD = _DIGITS | frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_")
@@ -32,6 +32,14 @@ class MatchBudget:
     def __init__(self, field: str, steps: int = MAX_STEPS) -> None:
         self._field = field
         self._left = steps
+        self._name: _Name | None = None
+
+    def name(self, text: str) -> "_Name":
+        """`text` prepared for matching; many patterns in a row ask for the same one."""
+        if self._name is None or self._name.text != text:
+            self.spend(len(text))
+            self._name = _Name(text, self)
+        return self._name
 
     def spend(self, steps: int = 1) -> None:
         self._left -= steps
@@ -43,8 +51,10 @@ class _Name:
     """A module name, and for each character the positions it is at."""
 
     def __init__(self, text: str, budget: MatchBudget) -> None:
+        self.text = text
         self.end = 1 << len(text)
         self.budget = budget
+        self.found: dict[_Chars, int] = {}
         self.positions: dict[str, int] = {}
         for position, char in enumerate(text):
             self.positions[char] = self.positions.get(char, 0) | (1 << position)
@@ -56,17 +66,20 @@ class _Node:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Chars(_Node):
     chars: frozenset[str]
     negated: bool = False
 
     def reach(self, name: _Name, starts: int) -> int:
         name.budget.spend()
-        found = 0
-        for char, positions in name.positions.items():
-            if (char in self.chars) != self.negated:
-                found |= positions
+        found = name.found.get(self)
+        if found is None:
+            found = 0
+            for char, positions in name.positions.items():
+                if (char in self.chars) != self.negated:
+                    found |= positions
+            name.found[self] = found
         return (starts & found) << 1
 
 
@@ -296,5 +309,5 @@ class ModulePattern:
 
     @staticmethod
     def _ends(tree: _Node, text: str, starts: int, budget: MatchBudget) -> bool:
-        name = _Name(text, budget)
+        name = budget.name(text)
         return bool(tree.reach(name, starts) & name.end)

@@ -223,10 +223,10 @@ def parse_packed(
 ) -> PackedAdapter:
     """A packed adapter in memory, as views of `buffer`, which must not change from now on.
 
-    `verify` checks the data against the header's sums and refuses NaN and infinite weights; "none"
-    is for bytes that were checked before. `revision`, where given, is what the header must hash to:
-    with it, success means exactly the adapter that was asked for. Raises InvalidCheckpointError or
-    UnsupportedError.
+    `verify` checks the data against the header's sums ("sha256": both kinds) and refuses NaN and
+    infinite weights; "none" is for bytes that were checked before. `revision`, where given, is what
+    the header must hash to: with it, success means exactly the adapter that was asked for. Raises
+    InvalidCheckpointError or UnsupportedError.
     """
     if verify not in ("xxh3", "sha256", "none"):
         raise ValueError(f"verify: {verify!r}")

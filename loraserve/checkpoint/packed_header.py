@@ -195,18 +195,20 @@ class PackedHeader:
         return self.header_bytes + start, min(CHUNK_BYTES, self.data_bytes - start)
 
     def verify_chunk(self, index: int, data: Bytes, algorithm: Verification = "xxh3") -> None:
-        """Raises InvalidCheckpointError unless `data` is exactly that chunk."""
+        """Raises InvalidCheckpointError unless `data` is exactly that chunk.
+
+        "sha256" checks both sums: a header whose sums disagree must not enter a cluster, where
+        every later reader goes by xxh3.
+        """
         _, length = self.chunk_range(index)
         size = memoryview(data).nbytes
         if size != length:
             raise InvalidCheckpointError(f"chunk {index}", f"{size} bytes, expected {length}")
         sha256, xxh3 = _CHUNK.unpack_from(self.chunk_table, index * _CHUNK.size)
-        if algorithm == "xxh3":
-            correct = xxhash.xxh3_128_digest(data) == xxh3
-        else:
-            correct = algorithm == "none" or hashlib.sha256(data).digest() == sha256
-        if not correct:
-            raise InvalidCheckpointError(f"chunk {index}", f"does not have its {algorithm} sum")
+        if algorithm == "sha256" and hashlib.sha256(data).digest() != sha256:
+            raise InvalidCheckpointError(f"chunk {index}", "does not have its sha256 sum")
+        if algorithm != "none" and xxhash.xxh3_128_digest(data) != xxh3:
+            raise InvalidCheckpointError(f"chunk {index}", "does not have its xxh3 sum")
 
 
 class ChunkSums:

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 _CONCURRENT_LOADS = 4
 # Requests have ended before the engine is asked to unload; it needs a step or two.
-_UNLOAD_S = 60.0
+_UNLOAD_S = 10.0
 
 # Which revision a name points to (None), or whether a name has the revision. Raises NotFoundError
 # or UnavailableError.
@@ -81,7 +81,9 @@ class HeldAdapters:
 
     def count_by_state(self) -> Counter[int]:
         """Copies by ResidencyState. The only method that other threads may call."""
-        return Counter(h.state for copies in list(self._held.values()) for h in list(copies.values()))
+        return Counter(
+            h.state for copies in list(self._held.values()) for h in list(copies.values())
+        )
 
     def copies(self, adapter: AdapterId) -> list[HeldAdapter]:
         return list(self._held.get(adapter, {}).values())
@@ -167,6 +169,8 @@ class HeldAdapters:
             raise UnavailableError("adapter", "is being dropped from this node")
         if held.error is not None and self._clock() < held.retry_s:
             raise refusal(held.error)
+        if self._resolve is not None:  # the name may point elsewhere by now
+            return None
         return self.begin_load(held.spec, placed=held.placed)
 
     async def _resolved(self, adapter: AdapterId, revision: str | None) -> AdapterSpec:
@@ -205,8 +209,10 @@ class HeldAdapters:
                 self._changed()
             if known.state in (HOST, FETCHING):
                 return known
-        self._make_room(spec)
+        self._make_room(spec, placed)
         held = HeldAdapter(spec, next(self._serials), placed, known.failures if known else 0)
+        if known is not None:
+            held.placed = placed or known.placed
         self._held.setdefault(spec.adapter, {})[spec.revision] = held
         held.loading = asyncio.create_task(self._load(held))
         self._changed()
@@ -215,7 +221,7 @@ class HeldAdapters:
     async def hold(self, adapter: AdapterId, packed: Packed) -> None:
         """Holds a packed adapter that somebody else has read. Raises what the engine raises."""
         spec = AdapterSpec(adapter, packed.revision, packed.size_bytes, packed.max_rank)
-        self._make_room(spec)
+        self._make_room(spec, placed=True)
         held = HeldAdapter(spec, next(self._serials), placed=True)
         await self._in_thread(lambda: self._engine.load_adapter(held.engine_name, packed))
         held.state = HOST
@@ -223,24 +229,32 @@ class HeldAdapters:
         self._held.setdefault(adapter, {})[spec.revision] = held
         self._changed()
 
-    def _make_room(self, spec: AdapterSpec) -> None:
+    def _make_room(self, spec: AdapterSpec, placed: bool) -> None:
         """Evicts the coldest copies that nobody uses or has placed here."""
         limit = self._limits.adapter_memory_bytes
         if spec.size_bytes > limit:
             raise ResourceExhaustedError(
                 "adapter_memory_bytes", f"{spec.adapter}: {spec.size_bytes} bytes, of {limit} here"
             )
-        counted = [h for h in self._all() if h.state != FAILED and not h.unloading]
-        # A new revision may stand beside the old one, which goes when its requests have ended.
-        taken = sum(h.spec.size_bytes for h in counted if h.spec.adapter != spec.adapter)
+        counted = [
+            h
+            for h in self._all()
+            if h.state != FAILED
+            and not h.unloading
+            # A placed revision may stand beside the one that it replaces: that one goes only when
+            # this one serves.
+            and not (
+                h.spec.adapter == spec.adapter and (placed or h.spec.revision == spec.revision)
+            )
+        ]
+        taken = sum(h.spec.size_bytes for h in counted)
         idle = [h for h in counted if h.state == HOST and not h.users and not h.placed]
         for held in sorted(idle, key=lambda h: h.used_s):
             if taken + spec.size_bytes <= limit:
                 break
-            if held.spec.adapter != spec.adapter:
-                _log.info("evicting %s revision %s", held.spec.adapter, held.spec.revision[:12])
-                taken -= held.spec.size_bytes
-                self.begin_drop(held)
+            _log.info("evicting %s revision %s", held.spec.adapter, held.spec.revision[:12])
+            taken -= held.spec.size_bytes
+            self.begin_drop(held)
         if taken + spec.size_bytes > limit:
             raise ResourceExhaustedError(
                 "adapter_memory_bytes",
@@ -257,7 +271,7 @@ class HeldAdapters:
                     held.spec = replace(
                         spec, size_bytes=packed.size_bytes, max_rank=packed.max_rank
                     )
-                    self._make_room(held.spec)
+                    self._make_room(held.spec, held.placed)
                 held.installing = True
                 await self._in_thread(lambda: self._engine.load_adapter(held.engine_name, packed))
         except asyncio.CancelledError:
@@ -311,6 +325,8 @@ class HeldAdapters:
         held.dropping.add_done_callback(self._cleanups.discard)
 
     def _end_users(self, held: HeldAdapter) -> None:
+        if held.dropping is None:  # wanted again
+            return
         for user in list(held.users):
             user.end(UnavailableError("adapter", "was unloaded"))
 
@@ -324,11 +340,11 @@ class HeldAdapters:
         except asyncio.TimeoutError:
             self._end_users(held)
             await held.idle.wait()
+        if held.dropping is not asyncio.current_task():  # wanted again in this very moment
+            return
         held.unloading = True
         try:
-            await self._in_thread(
-                lambda: self._engine.unload_adapter(held.engine_name, _UNLOAD_S)
-            )
+            await self._in_thread(lambda: self._engine.unload_adapter(held.engine_name, _UNLOAD_S))
         except LoraServeError as error:
             _log.error("unloading %s: %s", held.spec.adapter, error)
         self._forget(held)

@@ -73,7 +73,9 @@ def check_request(
 def _check_stops(request: inference_pb2.GenerateRequest, limits: Limits) -> None:
     stops = request.sampling.stop
     if len(stops) > limits.max_stop_strings:
-        raise InvalidArgumentError("stop", f"{len(stops)} strings, at most {limits.max_stop_strings}")
+        raise InvalidArgumentError(
+            "stop", f"{len(stops)} strings, at most {limits.max_stop_strings}"
+        )
     for stop in stops:
         if not 1 <= len(stop.encode()) <= limits.max_stop_bytes:
             raise InvalidArgumentError("stop", f"a string needs 1 to {limits.max_stop_bytes} bytes")

@@ -82,7 +82,7 @@ class LiveRequests:
             self._empty.set()
 
     def abort(self, tenant: str | None, request_id: str) -> bool:
-        """Ends the request of this tenant, of any tenant where it is None. Whether there was one."""
+        """Ends the request of `tenant` (None: of any). Whether there was one."""
         found = [
             request
             for (owner, known), request in self._live.items()

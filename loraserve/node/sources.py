@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -103,9 +103,7 @@ class ControllerSource:
 
     name = "controller"
 
-    def __init__(
-        self, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]] = ()
-    ) -> None:
+    def __init__(self, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]] = ()) -> None:
         self._stub = adapter_pb2_grpc.AdapterServiceStub(channel)
         self._metadata = tuple(metadata)
 
@@ -117,7 +115,7 @@ class ControllerSource:
         size: int | None = None
         try:
             while True:
-                message = await asyncio.wait_for(call.read(), STALL_S)
+                message: Any = await asyncio.wait_for(call.read(), STALL_S)
                 if message is grpc.aio.EOF:
                     break
                 if size is None:
@@ -166,9 +164,7 @@ class AdapterFetch:
                 failure = failure or error
             except LoraServeError as error:
                 failure = error
-                _log.warning(
-                    "adapter %s: %s cannot give it: %s", spec.adapter, source.name, error
-                )
+                _log.warning("adapter %s: %s cannot give it: %s", spec.adapter, source.name, error)
         raise failure or NotFoundError("adapter", "this node has no source of adapters")
 
 

@@ -70,12 +70,17 @@ class Detokenizer:
     def _push_one(self, token: int) -> str:
         self._pending.append(token)
         text = self._text_of(self._pending)
-        if text and not text.endswith(INCOMPLETE):
+        if text and (not text.endswith(INCOMPLETE) or self._ends_in_replacement()):
             self._release(len(self._pending))
             return text
         if len(self._pending) > MAX_PENDING:
             return self._give_up_waiting()
         return ""
+
+    def _ends_in_replacement(self) -> bool:
+        """The U+FFFD at the end is a character of the text, not a sign of an incomplete one."""
+        ids = self._tokenizer.replacement_ids
+        return bool(ids) and tuple(self._pending[-len(ids) :]) == ids
 
     def _release(self, count: int) -> None:
         """The text of the first `count` pending tokens is out."""

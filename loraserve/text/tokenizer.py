@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from loraserve.checkpoint.bounded_json import parse_object
 from loraserve.errors import InvalidArgumentError, InvalidCheckpointError
@@ -55,12 +55,6 @@ class _Settings:
         if "added_tokens_decoder" not in self.values and old.is_file():
             raw = _read(old, MAX_CONFIG_BYTES)
             self.values |= parse_object(old.name, raw, MAX_CONFIG_BYTES)
-
-    def flag(self, key: str) -> bool | None:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise InvalidCheckpointError(f"{_CONFIG} {key}", "is not true or false")
-        return value
 
     def named(self) -> dict[str, AddedToken]:
         """bos_token and the others of their kind."""
@@ -150,10 +144,15 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._byte_of = self._byte_tokens()
+        self.replacement_ids = self._replacement_ids()
+        """How U+FFFD itself is written; empty where it cannot be."""
 
     @classmethod
     def from_directory(cls, path: Path) -> "Tokenizer":
         """Of tokenizer.json with tokenizer_config.json, both in `path`.
+
+        Which special tokens `encode` adds is for tokenizer.json alone to say: as in transformers,
+        add_bos_token and add_eos_token of the configuration do not count beside it.
 
         Raises InvalidCheckpointError naming the file and the key.
         """
@@ -168,7 +167,6 @@ class Tokenizer:
         named = settings.named()
         backend.add_special_tokens([*named.values(), *settings.extra()])
         special_tokens = {role: token.content for role, token in named.items()}
-        _apply_bos_eos(backend, settings, special_tokens)
         return cls(backend, special_tokens, settings.chat_templates(path))
 
     def _id_of(self, role: str) -> int | None:
@@ -182,8 +180,14 @@ class Tokenizer:
         ids = ((self._backend.token_to_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
         return {token: byte for token, byte in ids if token is not None}
 
+    def _replacement_ids(self) -> tuple[int, ...]:
+        before = self.encode("x", add_special_tokens=False)
+        ids = self.encode("x\ufffd", add_special_tokens=False)
+        written = ids[: len(before)] == before and self.decode(ids) == "x\ufffd"
+        return tuple(ids[len(before) :]) if written else ()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; with the begin and end tokens that the model expects unless told not to.
+        """Token ids; with the special tokens that the model expects around a text, if wanted.
 
         Special tokens that are written out in `text` become their ids.
         """
@@ -208,20 +212,3 @@ class Tokenizer:
     def byte_of(self, token: int) -> int | None:
         """The byte of a byte-fallback token (Llama 2's "<0xE2>"), None for all others."""
         return self._byte_of.get(token)
-
-
-def _apply_bos_eos(
-    backend: tokenizers.Tokenizer, settings: _Settings, special_tokens: Mapping[str, str]
-) -> None:
-    """add_bos_token and add_eos_token, where given, replace what tokenizer.json says."""
-    add_bos, add_eos = settings.flag("add_bos_token"), settings.flag("add_eos_token")
-    if add_bos is None and add_eos is None:
-        return
-    bos = special_tokens.get("bos_token") if add_bos else None
-    eos = special_tokens.get("eos_token") if add_eos else None
-    template = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-    backend.post_processor = processors.TemplateProcessing(
-        single=template,
-        pair=[*template, "$B:1"],
-        special_tokens=[(token, backend.token_to_id(token)) for token in (bos, eos) if token],
-    )

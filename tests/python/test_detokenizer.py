@@ -164,5 +164,6 @@ def test_work_per_token_is_bounded(
     detokenizer = Detokenizer(tokenizer)
     text = detokenizer.push(ids) + detokenizer.finish()
     assert tokenizer.longest <= 2 * MAX_PENDING + 2
-    assert set(text.strip()) == {"\ufffd" if bad else "🦊"}
-    assert bad or len(text.strip()) == 200
+    text = text.replace(" ", "")  # Llama 2's encoding of one emoji begins with a space
+    assert set(text) == {"\ufffd" if bad else "🦊"}
+    assert bad or len(text) == 200

@@ -1,0 +1,195 @@
+"""One request from its first attempt to its last token: choose a node, send, and where the node
+fails, again or on from there."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from loraserve.client.channels import Channels, responses
+from loraserve.client.messages import load_from_wire
+from loraserve.client.resume import AnswerLog, lost
+from loraserve.client.retry import RetryBudget, RetryPolicy, RetryState, node_is_lost
+from loraserve.client.route_table import NodeRoute
+from loraserve.client.route_watch import RouteWatch
+from loraserve.client.routing import Router, RouteRequest
+from loraserve.client.types import Chunk
+from loraserve.errors import (
+    DeadlineExceededError,
+    LoraServeError,
+    NotFoundError,
+    UnavailableError,
+)
+from loraserve.v1 import inference_pb2_grpc
+
+# How long a request waits for a holder while its adapter is on its way to one, before it asks
+# another node to load it.
+HOLDER_WAIT_S = 2.0
+FIRST_TABLE_WAIT_S = 3.0
+# What the deadline leaves to the node's own error before the RPC's ends the call.
+DEADLINE_GRACE_S = 0.25
+
+
+@dataclass
+class Site:
+    """What the requests of a client share. `watch` is None for a list of nodes."""
+
+    channels: Channels
+    router: Router
+    watch: RouteWatch | None
+    policy: RetryPolicy
+    budget: RetryBudget
+
+
+class RequestRun:
+    def __init__(
+        self, site: Site, log: AnswerLog, route: RouteRequest, timeout_s: float | None
+    ) -> None:
+        self._site = site
+        self._log = log
+        self._route = route
+        self._loop = asyncio.get_running_loop()
+        self._timeout_s = timeout_s
+        self._end = None if timeout_s is None else self._loop.time() + timeout_s
+        self._retry = RetryState(site.policy, site.budget)
+        self._avoid: set[str] = set()
+
+    @property
+    def attempts(self) -> int:
+        return self._retry.attempt + 1
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """The answer. Leaving it cancels the request. Raises LoraServeError."""
+        while True:
+            node = await self._choose()
+            had = len(self._log.token_ids)
+            try:
+                async with contextlib.aclosing(self._attempt(node)) as attempt:
+                    async for chunk in attempt:
+                        yield chunk
+                return
+            except LoraServeError as error:
+                await self._after(error, node, len(self._log.token_ids) > had)
+            last = self._log.finish_if_full(self._retry.attempt)
+            if last is not None:
+                yield last
+                return
+
+    def _left(self) -> float | None:
+        """Seconds. Raises DeadlineExceededError."""
+        if self._end is None:
+            return None
+        left = self._end - self._loop.time()
+        if left <= 0:
+            raise self._late()
+        return left
+
+    def _late(self) -> DeadlineExceededError:
+        return DeadlineExceededError(
+            "timeout_s", f"{self._timeout_s:g} s have passed, {len(self._log.token_ids)} tokens came"
+        )
+
+    async def _choose(self) -> NodeRoute:
+        """Raises UnavailableError where no node can be asked."""
+        site, watch = self._site, self._site.watch
+        if watch is not None:
+            await watch.first_table(min(self._left() or FIRST_TABLE_WAIT_S, FIRST_TABLE_WAIT_S))
+        route = RouteRequest(
+            self._route.base,
+            self._route.adapter,
+            self._log.revision,
+            self._log.prompt_tokens + len(self._log.token_ids),
+            frozenset(self._avoid),
+        )
+        if watch is not None and not self._log.started and not self._avoid:
+            await self._wait_for_holder(watch, route)
+        node = site.router.pick(route)
+        if node is None and self._avoid:
+            # Nobody else is there: the only node may have recovered.
+            self._avoid.clear()
+            node = site.router.pick(
+                RouteRequest(route.base, route.adapter, route.revision, route.prompt_tokens)
+            )
+        if node is None:
+            raise UnavailableError("nodes", self._no_node(route))
+        return node
+
+    async def _wait_for_holder(self, watch: RouteWatch, route: RouteRequest) -> None:
+        """Only for adapters that the table knows: the others are the nodes' to find or refuse."""
+        router = self._site.router
+        end = self._loop.time() + HOLDER_WAIT_S
+        while (
+            route.adapter is not None
+            and not router.has_holder(route)
+            and router.table.find(route.base, route.adapter) is not None
+            and (left := end - self._loop.time()) > 0
+        ):
+            own = self._left()
+            await watch.changed(left if own is None else min(left, own))
+            self._left()
+
+    def _no_node(self, route: RouteRequest) -> str:
+        table = self._site.router.table
+        if not table.nodes:
+            return "none has registered with the controller"
+        if route.base and route.base not in table.bases() | {""}:
+            return f"none serves {route.base!r}, but {', '.join(sorted(table.bases()))}"
+        return "all are draining"
+
+    async def _attempt(self, node: NodeRoute) -> AsyncGenerator[Chunk, None]:
+        left = self._left()
+        request = self._log.request(self._retry.attempt, left)
+        router, channels = self._site.router, self._site.channels
+        stub = inference_pb2_grpc.InferenceServiceStub(channels.get(node.address))
+        ticket = router.began(node.node_id, self._log.prompt_tokens + len(self._log.token_ids))
+        try:
+            call = stub.Generate(
+                request,
+                metadata=channels.metadata,
+                timeout=None if left is None else left + DEADLINE_GRACE_S,
+            )
+            async with contextlib.aclosing(responses(channels, call)) as messages:
+                async for message in messages:
+                    if message.HasField("load"):
+                        router.observe(node.node_id, load_from_wire(message.load))
+                    chunk = self._log.accept(message)
+                    if chunk is not None:
+                        yield chunk
+                    if self._log.finish_reason is not None:
+                        return
+            raise lost("the node ended the stream before the answer")
+        finally:
+            router.ended(node.node_id, ticket)
+
+    async def _after(self, error: LoraServeError, node: NodeRoute, progress: bool) -> None:
+        """Returns when the next attempt may begin. Raises where there is none."""
+        if isinstance(error, DeadlineExceededError):
+            self._left()  # the client's own words where it is the client's deadline
+            raise error
+        if self._site.channels.closed:
+            raise error
+        if node_is_lost(error):
+            self._site.router.failed(node.node_id)
+        self._avoid.add(node.node_id)
+        wait_s = self._retry.after(error, progress, self._log.started)
+        if wait_s is None:
+            raise self._final(error, node)
+        left = self._left()
+        if left is not None and wait_s >= left:
+            raise error
+        if wait_s:
+            await asyncio.sleep(wait_s)
+
+    def _final(self, error: LoraServeError, node: NodeRoute) -> LoraServeError:
+        count = len(self._log.token_ids)
+        if self.attempts > 1 and self._log.started and isinstance(error, NotFoundError):
+            # Not the adapter is missing, as the caller would read it, but the way to go on.
+            return UnavailableError(
+                "resume", f"cannot go on after {count} tokens on {node.address}: {error}"
+            )
+        if node_is_lost(error):
+            after = f" after {count} tokens" if count else ""
+            return UnavailableError(
+                "node", f"{node.address}{after}, attempt {self.attempts}: {error.message}"
+            )
+        return error

@@ -1,0 +1,202 @@
+"""The record of one answer, from which another node can go on with it. Pure.
+
+A request that goes on sends the prompt as it was, the tokens that were delivered, the revision and
+the seed. That is enough for token ids and for text alike:
+- A text prompt is tokenized by every node of one base alike; the count of its tokens is compared.
+- Text that the lost node held back (an unfinished character, the beginning of a stop string) is a
+  function of the tokens, so the node that goes on runs the delivered tokens through its own
+  detokenizer and stop matcher first and sends only what becomes certain after them. The texts of
+  the attempts joined are the text of the answer.
+"""
+
+from loraserve.client.messages import (
+    FINISH_REASONS,
+    logprobs_from_wire,
+    sampling_to_wire,
+    set_prompt,
+)
+from loraserve.client.types import Chunk, Completion, Prompt
+from loraserve.errors import UnavailableError
+from loraserve.sampling_params import SamplingParams
+from loraserve.v1 import inference_pb2
+
+
+def lost(message: str) -> UnavailableError:
+    """An attempt that another one may take over from."""
+    return UnavailableError("stream", message)
+
+
+class AnswerLog:
+    """One request, and what of its answer is there."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        base: str = "",
+        revision: str | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Raises InvalidArgumentError where the wire cannot carry a value."""
+        self._request = inference_pb2.GenerateRequest(
+            request_id=request_id, sampling=sampling_to_wire(params), priority=priority
+        )
+        self._request.adapter.base = base
+        self._request.adapter.name = adapter or ""
+        if revision is not None:
+            self._request.adapter.revision = revision
+        self.prompt_tokens = set_prompt(self._request, prompt)
+        """Estimated for text until a node has counted them."""
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self._max_tokens = params.max_tokens
+        self._wants_logprobs = params.logprobs is not None
+        self._start: inference_pb2.GenerateStart | None = None
+        self._attempt_started = False
+        self._texts: list[str] = []
+        self._logprobs: list[float] = []
+        self._top_logprobs: list[dict[int, float]] = []
+        self._stop_reason: str | int | None = None
+        self._usage = inference_pb2.Usage()
+        self.node_id = ""
+
+    @property
+    def started(self) -> bool:
+        """Whether a token was delivered: from now on only this answer may go on."""
+        return bool(self.token_ids)
+
+    @property
+    def revision(self) -> str | None:
+        """What the request asks for by revision; once tokens are there, what they came from."""
+        if self.started and self._start is not None:
+            return self._start.revision or None
+        ref = self._request.adapter
+        return ref.revision if ref.HasField("revision") else None
+
+    def request(self, attempt: int, timeout_s: float | None) -> inference_pb2.GenerateRequest:
+        """What to send for an attempt. `timeout_s`: what is left of the request's time."""
+        request = inference_pb2.GenerateRequest()
+        request.CopyFrom(self._request)
+        request.attempt = attempt
+        request.start_index = len(self.token_ids)
+        request.emitted_token_ids.extend(self.token_ids)
+        if self.started and self._start is not None:
+            # What began the answer must go on with it.
+            request.sampling.seed = self._start.seed
+            request.adapter.base = request.adapter.base or self._start.base.name
+            if self._start.revision:
+                request.adapter.revision = self._start.revision
+        if timeout_s is not None:
+            request.timeout.FromMicroseconds(max(1, round(timeout_s * 1e6)))
+        self._attempt_started = False
+        return request
+
+    def finish_if_full(self, attempt: int) -> Chunk | None:
+        """The last chunk where all tokens are there and only the word of it was lost."""
+        if len(self.token_ids) < self._max_tokens:
+            return None
+        self.finish_reason = "length"
+        return Chunk(
+            len(self.token_ids), [], "", finish_reason="length", node_id=self.node_id, attempt=attempt
+        )
+
+    def accept(self, response: inference_pb2.GenerateResponse) -> Chunk | None:
+        """What is new in a response; None for nothing.
+
+        Raises UnavailableError where the response does not continue the answer: another attempt may.
+        """
+        if response.HasField("start"):
+            self._take_start(response.start)
+        elif not self._attempt_started:
+            raise lost("the node's first message does not say what serves the request")
+        have, first = len(self.token_ids), response.first_index
+        if first > have:
+            raise lost(f"tokens {have} to {first - 1} are missing")
+        token_ids = list(response.token_ids)
+        logprobs, tops = logprobs_from_wire(response.logprobs)
+        if self._wants_logprobs and len(logprobs) != len(token_ids):
+            raise lost(f"{len(logprobs)} logprobs for {len(token_ids)} tokens")
+        known = min(have - first, len(token_ids))
+        text = response.text
+        if known:
+            if known < len(token_ids) and text:
+                raise lost("a message repeats tokens among new ones: its text cannot be told apart")
+            # Their text was delivered with them.
+            token_ids, logprobs, tops, text = token_ids[known:], logprobs[known:], tops[known:], ""
+        return self._extend(response, token_ids, logprobs, tops, text)
+
+    def _extend(
+        self,
+        response: inference_pb2.GenerateResponse,
+        token_ids: list[int],
+        logprobs: list[float],
+        tops: list[dict[int, float]],
+        text: str,
+    ) -> Chunk | None:
+        first = len(self.token_ids)
+        self.token_ids += token_ids
+        self._logprobs += logprobs
+        self._top_logprobs += tops
+        self._texts.append(text)
+        self.finish_reason = FINISH_REASONS.get(response.finish_reason)
+        if self.finish_reason is not None:
+            self._take_usage(response.usage)
+        if not token_ids and not text and self.finish_reason is None:
+            return None
+        return Chunk(
+            first,
+            token_ids,
+            text,
+            logprobs,
+            tops,
+            self.finish_reason,
+            self._stop_reason,
+            self.node_id,
+            response.attempt,
+        )
+
+    def _take_start(self, start: inference_pb2.GenerateStart) -> None:
+        self._attempt_started = True
+        self.node_id = start.node_id
+        self._usage.cached_prompt_tokens = start.cached_prompt_tokens
+        before = self._start
+        if before is not None and self.started:
+            same_weights = "" in (before.base.digest, start.base.digest) or (
+                before.base.digest == start.base.digest
+            )
+            if before.revision != start.revision or not same_weights:
+                raise lost("the node would go on with another revision or base model")
+            if before.prompt_tokens != start.prompt_tokens:
+                raise lost("the node tokenizes the prompt differently")
+            return
+        self._start = start
+        self.prompt_tokens = start.prompt_tokens or self.prompt_tokens
+
+    def _take_usage(self, usage: inference_pb2.Usage) -> None:
+        self._usage = usage
+        if usage.HasField("stop_string"):
+            self._stop_reason = usage.stop_string
+        elif usage.HasField("stop_token_id"):
+            self._stop_reason = usage.stop_token_id
+
+    def completion(self, attempts: int) -> Completion:
+        """The answer, once it has a finish reason."""
+        start = self._start or inference_pb2.GenerateStart()
+        return Completion(
+            token_ids=self.token_ids,
+            text="".join(self._texts),
+            logprobs=self._logprobs,
+            top_logprobs=self._top_logprobs,
+            finish_reason=self.finish_reason or "",
+            stop_reason=self._stop_reason,
+            prompt_tokens=start.prompt_tokens,
+            cached_prompt_tokens=self._usage.cached_prompt_tokens,
+            revision=start.revision or None,
+            seed=start.seed,
+            node_id=self.node_id,
+            attempts=attempts,
+            queue_time_s=self._usage.queue_time_us / 1e6,
+        )

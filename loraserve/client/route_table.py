@@ -1,0 +1,147 @@
+"""The route table that a client keeps: values, and how updates change them. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from loraserve.errors import InvalidArgumentError
+from loraserve.placement.types import AdapterId
+from loraserve.security.identity import DEFAULT_TENANT
+
+
+@dataclass(frozen=True)
+class Holder:
+    """`state` is a ResidencyState of the wire; `weight` is relative to the other holders'."""
+
+    node_id: str
+    weight: int
+    state: int
+
+
+@dataclass(frozen=True)
+class RevisionRoute:
+    revision: str
+    holders: tuple[Holder, ...]
+    max_rank: int = 0
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterRoute:
+    """`revision` is what requests by name get; `unrouted_reason` is set where no node serves it."""
+
+    adapter: AdapterId
+    revision: str
+    revisions: tuple[RevisionRoute, ...] = ()
+    unrouted_reason: str = ""
+
+    def of(self, revision: str | None) -> RevisionRoute | None:
+        """The route of a revision, by default of that which requests by name get."""
+        wanted = revision or self.revision
+        return next((r for r in self.revisions if r.revision == wanted), None)
+
+
+@dataclass(frozen=True)
+class NodeRoute:
+    node_id: str
+    address: str
+    draining: bool = False
+    incarnation: int = 0
+    base: str = ""
+    base_digest: str = ""
+
+
+@dataclass(frozen=True)
+class RouteTable:
+    """Immutable. `every_node`: no placement is known, any node may hold any adapter."""
+
+    epoch: int = 0
+    version: int = 0
+    adapters: Mapping[AdapterId, AdapterRoute] = field(default_factory=dict)
+    nodes: Mapping[str, NodeRoute] = field(default_factory=dict)
+    every_node: bool = False
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[AdapterRoute]]:
+        found: dict[str, list[AdapterRoute]] = {}
+        for adapter, route in self.adapters.items():
+            found.setdefault(adapter.name, []).append(route)
+        return found
+
+    def find(self, base: str, name: str) -> AdapterRoute | None:
+        """The route of an adapter; an empty base where the name alone is clear.
+
+        A table shows the adapters of the caller's tenant. Only callers of servers without keys see
+        those of others too, and are the default tenant. Raises InvalidArgumentError.
+        """
+        found = [r for r in self._by_name.get(name, ()) if base in ("", r.adapter.base)]
+        if len({r.adapter.tenant for r in found}) > 1:
+            found = [r for r in found if r.adapter.tenant == DEFAULT_TENANT]
+        if len(found) > 1:
+            bases = ", ".join(sorted(r.adapter.base for r in found))
+            raise InvalidArgumentError("base", f"must be named, {name!r} exists for: {bases}")
+        return found[0] if found else None
+
+    def bases(self) -> set[str]:
+        """The names of the base models that nodes serve."""
+        return {node.base for node in self.nodes.values()}
+
+
+def static_table(addresses: tuple[str, ...]) -> RouteTable:
+    """The table of a client that has a list of nodes and no controller."""
+    return RouteTable(nodes={a: NodeRoute(a, a) for a in addresses}, every_node=True)
+
+
+@dataclass(frozen=True)
+class RouteUpdate:
+    """One message of a route watch. `full`: the whole table; else entries that changed, whole, and
+    the keys of those that are gone. `more`: the next update belongs to this one."""
+
+    epoch: int
+    version: int
+    full: bool = False
+    adapters: tuple[AdapterRoute, ...] = ()
+    nodes: tuple[NodeRoute, ...] = ()
+    removed_adapters: tuple[AdapterId, ...] = ()
+    removed_nodes: tuple[str, ...] = ()
+    more: bool = False
+
+
+def updated(table: RouteTable, update: RouteUpdate) -> RouteTable:
+    """`table` with the update applied, whatever its version."""
+    adapters = {} if update.full else dict(table.adapters)
+    nodes = {} if update.full else dict(table.nodes)
+    for adapter in update.removed_adapters:
+        adapters.pop(adapter, None)
+    for node_id in update.removed_nodes:
+        nodes.pop(node_id, None)
+    adapters.update((route.adapter, route) for route in update.adapters)
+    nodes.update((node.node_id, node) for node in update.nodes)
+    return RouteTable(update.epoch, update.version, adapters, nodes)
+
+
+class RouteBook:
+    """The newest whole table of one or several watches in a row.
+
+    Invariants: (epoch, version) of `table` never falls; a table in parts is seen when its last part
+    is there, or never.
+    """
+
+    def __init__(self) -> None:
+        self.table = RouteTable()
+        self._begun: RouteTable | None = None
+
+    def begin(self) -> None:
+        """A new watch starts; parts of the one before are forgotten."""
+        self._begun = None
+
+    def take(self, update: RouteUpdate) -> bool:
+        """Applies an update. False where it is older than the table: then every delta that follows
+        it on this watch is for a table that we do not have, and the watch must be given up."""
+        if (update.epoch, update.version) < (self.table.epoch, self.table.version):
+            return False
+        table = updated(self._begun or self.table, update)
+        self._begun = table if update.more else None
+        if not update.more:
+            self.table = table
+        return True

@@ -1,0 +1,239 @@
+"""Which node gets a request. Pure: the table, the clock and the randomness are given."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from loraserve.client.route_table import Holder, NodeRoute, RevisionRoute, RouteTable
+from loraserve.v1 import common_pb2
+
+_REFUSING = (common_pb2.RESIDENCY_STATE_DRAINING, common_pb2.RESIDENCY_STATE_FAILED)
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class CostWeights:
+    """What is worth how many prompt tokens of prefill."""
+
+    running_request: float = 8.0
+    queued_request: float = 32.0
+    host_install_per_mib: float = 2.0
+    fetch: float = 256.0
+    fetch_per_mib: float = 16.0
+    pages_full: float = 1024.0
+    """A node without a free page, which must preempt; in proportion from 10 % free pages on."""
+
+
+@dataclass(frozen=True)
+class ObservedLoad:
+    """A node's load as it reported it with an answer."""
+
+    running_requests: int = 0
+    queued_requests: int = 0
+    queued_prefill_tokens: int = 0
+    free_pages: int = 0
+    total_pages: int = 0
+
+
+@dataclass(frozen=True)
+class RouteRequest:
+    """`prompt_tokens` may be an estimate. Nodes to `avoid` failed this very request. `spill`: a
+    node that does not hold the adapter may be asked to load it, where no holder is left."""
+
+    base: str = ""
+    adapter: str | None = None
+    revision: str | None = None
+    prompt_tokens: int = 0
+    avoid: frozenset[str] = frozenset()
+    spill: bool = True
+
+
+@dataclass
+class _NodeView:
+    """What this client knows of a node beside the table."""
+
+    incarnation: int
+    load: ObservedLoad = field(default_factory=ObservedLoad)
+    observed_at: float = float("-inf")
+    # Own requests that run there: when they were sent and their prompt tokens.
+    own: dict[int, tuple[float, int]] = field(default_factory=dict)
+    failures: int = 0
+    failed_until: float = float("-inf")
+
+
+class Router:
+    """Picks among the holders of an adapter by power of two choices.
+
+    Two candidates are drawn by weight; the one with less predicted added cost per weight gets the
+    request. Comparing two instead of taking the best of all keeps many clients with the same stale
+    view from all running to one node.
+    """
+
+    LOAD_HALF_LIFE_S = 2.0
+    """An observed load is believed less the older it is: a node that once was busy, and is not
+    asked any more for it, must become a choice again."""
+    FIRST_COOL_DOWN_S = 1.0
+    MAX_COOL_DOWN_S = 30.0
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        random: Callable[[], float],
+        table: RouteTable | None = None,
+        weights: CostWeights | None = None,
+    ) -> None:
+        """`clock`: seconds, never back. `random`: uniform in [0, 1)."""
+        self._clock = clock
+        self._random = random
+        self._weights = weights or CostWeights()
+        self._views: dict[str, _NodeView] = {}
+        self._tickets = 0
+        self.table = RouteTable()
+        self.set_table(table or RouteTable())
+
+    def set_table(self, table: RouteTable) -> None:
+        """A node that is new or restarted starts without a record of failures."""
+        views = {}
+        for node in table.nodes.values():
+            view = self._views.get(node.node_id)
+            if view is None or view.incarnation < node.incarnation:
+                view = _NodeView(node.incarnation)
+            views[node.node_id] = view
+        self.table, self._views = table, views
+
+    # What requests report
+
+    def began(self, node_id: str, prompt_tokens: int) -> int:
+        """A request was sent to the node; the ticket that `ended` takes."""
+        self._tickets += 1
+        view = self._views.get(node_id)
+        if view is not None:
+            view.own[self._tickets] = (self._clock(), prompt_tokens)
+        return self._tickets
+
+    def ended(self, node_id: str, ticket: int) -> None:
+        view = self._views.get(node_id)
+        if view is not None:
+            view.own.pop(ticket, None)
+
+    def observe(self, node_id: str, load: ObservedLoad) -> None:
+        """The node answered, and said how loaded it is."""
+        view = self._views.get(node_id)
+        if view is not None:
+            view.load, view.observed_at = load, self._clock()
+            view.failures, view.failed_until = 0, float("-inf")
+
+    def failed(self, node_id: str, for_s: float | None = None) -> None:
+        """The node was lost or refused: nothing goes there for a while (`for_s`, or longer with
+        every failure in a row) as long as another can serve."""
+        view = self._views.get(node_id)
+        if view is None:
+            return
+        now = self._clock()
+        if for_s is None:
+            # Requests that fail together tell of one failure.
+            if now >= view.failed_until:
+                view.failures += 1
+            exponent = min(view.failures - 1, 10) if view.failures else 0
+            for_s = min(self.FIRST_COOL_DOWN_S * 2.0**exponent, self.MAX_COOL_DOWN_S)
+        view.failed_until = max(view.failed_until, now + for_s)
+
+    # The choice
+
+    def has_holder(self, request: RouteRequest) -> bool:
+        """Whether some node serves the adapter now; true for the base model."""
+        if request.adapter is None or self.table.every_node:
+            return True
+        route = self.table.find(request.base, request.adapter)
+        return route is not None and route.of(request.revision) is not None
+
+    def pick(self, request: RouteRequest) -> NodeRoute | None:
+        """The node for the request, None where there is none.
+
+        Healthy holders first, then healthy nodes that would have to load the adapter, then nodes
+        that failed lately. Raises InvalidArgumentError where the base must be named.
+        """
+        holders, others, size = self._candidates(request)
+        healthy = [h for h in holders if self._healthy(h.node_id)]
+        healthy_others = [h for h in others if self._healthy(h.node_id)]
+        for group in (healthy, healthy_others, holders, others):
+            if group:
+                return self.table.nodes[self._better_of_two(group, size)]
+        return None
+
+    def _candidates(self, request: RouteRequest) -> tuple[list[Holder], list[Holder], int]:
+        """Holders, other nodes of the base, and the adapter's bytes."""
+        base, route = request.base, None
+        if request.adapter is not None:
+            found = self.table.find(base, request.adapter)
+            if found is not None:
+                base, route = found.adapter.base, found.of(request.revision)
+        usable = {
+            node.node_id
+            for node in self.table.nodes.values()
+            if not node.draining
+            and node.node_id not in request.avoid
+            and (not base or node.base in ("", base))
+        }
+        anywhere = [
+            Holder(node_id, 1, common_pb2.RESIDENCY_STATE_UNSPECIFIED) for node_id in sorted(usable)
+        ]
+        if request.adapter is None or self.table.every_node:
+            return anywhere, [], 0
+        holders = self._holders(route, usable)
+        held = {h.node_id for h in holders}
+        others = [h for h in anywhere if h.node_id not in held] if request.spill else []
+        return holders, others, route.size_bytes if route else 0
+
+    @staticmethod
+    def _holders(route: RevisionRoute | None, usable: set[str]) -> list[Holder]:
+        if route is None:
+            return []
+        return [
+            h
+            for h in route.holders
+            if h.node_id in usable and h.weight > 0 and h.state not in _REFUSING
+        ]
+
+    def _healthy(self, node_id: str) -> bool:
+        return self._clock() >= self._views[node_id].failed_until
+
+    def _draw(self, holders: Sequence[Holder]) -> int:
+        """An index, by weight."""
+        point = self._random() * sum(h.weight for h in holders)
+        for index, holder in enumerate(holders):
+            point -= holder.weight
+            if point < 0:
+                return index
+        return len(holders) - 1
+
+    def _better_of_two(self, group: Sequence[Holder], size_bytes: int) -> str:
+        first = self._draw(group)
+        rest = [*group[:first], *group[first + 1 :]]
+        if not rest:
+            return group[first].node_id
+        pair = (group[first], rest[self._draw(rest)])
+        # Ties go to the first draw, which is random.
+        return min(pair, key=lambda h: self.cost(h, size_bytes) / h.weight).node_id
+
+    def cost(self, holder: Holder, size_bytes: int = 0) -> float:
+        """What is ahead of a new request on the node, in prompt tokens; at least 1."""
+        w, view, now = self._weights, self._views[holder.node_id], self._clock()
+        load = view.load
+        trust = 0.5 ** ((now - view.observed_at) / self.LOAD_HALF_LIFE_S)
+        unseen = [tokens for sent, tokens in view.own.values() if sent >= view.observed_at]
+        cost = 1.0 + trust * load.queued_prefill_tokens + sum(unseen)
+        running = max(trust * load.running_requests + len(unseen), len(view.own))
+        cost += w.running_request * running + w.queued_request * trust * load.queued_requests
+        if load.total_pages:
+            free = load.free_pages / load.total_pages
+            cost += w.pages_full * trust * max(0.0, 1.0 - 10.0 * free)
+        mib = size_bytes / _MIB
+        if holder.state in (
+            common_pb2.RESIDENCY_STATE_PENDING,
+            common_pb2.RESIDENCY_STATE_FETCHING,
+            common_pb2.RESIDENCY_STATE_DISK,
+        ):
+            cost += w.fetch + w.fetch_per_mib * mib
+        elif holder.state == common_pb2.RESIDENCY_STATE_HOST:
+            cost += w.host_install_per_mib * mib
+        return cost

@@ -1,0 +1,123 @@
+"""Whether this machine can run a node: checks that change nothing and take a moment."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraserve.errors import LoraServeError
+from loraserve.node.model import cpu_name, memory_bytes
+
+# Flags of /proc/cpuinfo that each level adds to the one before.
+_LEVELS = (
+    ("x86-64-v2", {"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"}),
+    ("x86-64-v3", {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
+    ("x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+)
+_LITTLE_MEMORY = 2 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """`ok` is None where the outcome is worth knowing but stops nothing."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def cpu_level(flags: set[str]) -> str:
+    """The highest instruction set level that the flags make up; the engine's kernels follow it."""
+    level = "generic"
+    for name, needed in _LEVELS:
+        if not needed <= flags:
+            break
+        level = name
+    return level
+
+
+def _cpu() -> Check:
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            flags = set(line.partition(":")[2].split())
+            break
+    level = cpu_level(flags)
+    return Check("cpu", None if level == "generic" else True, f"{cpu_name()}: kernels for {level}")
+
+
+def _engine() -> Check:
+    try:
+        import loraserve.engine
+    except ImportError as error:
+        return Check("engine", False, f"the extension cannot be loaded: {error}")
+    return Check("engine", True, f"{Path(loraserve.engine.__file__).parent} loads")
+
+
+def _cores() -> Check:
+    usable, present = len(os.sched_getaffinity(0)), os.cpu_count() or 0
+    return Check("cores", True, f"{usable} of {present} may be used")
+
+
+def _memory() -> Check:
+    total = memory_bytes()
+    available = total
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    detail = f"{available / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+    return Check("memory", True if available >= _LITTLE_MEMORY else None, detail)
+
+
+def _loopback() -> Check:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return Check("loopback", True, f"port {probe.getsockname()[1]} could be bound")
+
+
+def _transport() -> Check:
+    program = shutil.which("loraserve-transfer")
+    if program is None:
+        return Check("transport", None, "gRPC: adapters come from the store or the controller")
+    return Check("transport", True, f"{program}, and gRPC")
+
+
+def _model(path: Path) -> Check:
+    from loraserve.checkpoint.model_config import read_model_config
+    from loraserve.checkpoint.model_weights import open_model_weights
+
+    try:
+        config = read_model_config(path)
+        open_model_weights(path, config)
+    except LoraServeError as error:
+        return Check("model", False, str(error))
+    tokenizer = "with" if (path / "tokenizer.json").exists() else "WITHOUT"
+    return Check(
+        "model",
+        True,
+        f"{config.family}, {config.num_layers} layers, context {config.max_position}, "
+        f"{tokenizer} tokenizer",
+    )
+
+
+def run_doctor(model: Path | None = None) -> list[Check]:
+    """All checks in the order to show them; none raises."""
+    checks: list[tuple[str, Callable[[], Check]]] = [
+        ("cpu", _cpu),
+        ("engine", _engine),
+        ("cores", _cores),
+        ("memory", _memory),
+        ("loopback", _loopback),
+        ("transport", _transport),
+    ]
+    if model is not None:
+        checks.append(("model", lambda: _model(model)))
+    found = []
+    for name, check in checks:
+        try:
+            found.append(check())
+        except Exception as error:
+            found.append(Check(name, False, f"could not be checked: {error}"))
+    return found

@@ -1,0 +1,218 @@
+"""loraserve-node: reads the command line, runs one node until SIGTERM or SIGINT."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraserve.errors import InvalidArgumentError, LoraServeError
+from loraserve.node.limits import Limits
+from loraserve.node.model import ModelOptions, device_of, open_model, read_adapter
+from loraserve.node.server import NodeOptions, NodeServer
+from loraserve.security import TlsFiles
+
+_log = logging.getLogger("loraserve.node")
+
+CANNOT_START = 2
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, Path(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loraserve-node",
+        description="Serves one base model and the LoRA adapters that the controller places here.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    limits = Limits()
+    add("--model", type=Path, required=True, help="Hugging Face directory")
+    add("--base", default="", help="name of the base model (default: the directory's)")
+    add("--listen", default="127.0.0.1:7410", help="host:port; port 0 takes a free one")
+    add("--advertise", help="host:port where clients reach this node (default: --listen)")
+    add("--port-file", type=Path, help="file that gets the bound address once the node is ready")
+    add("--node-id", help="the same over restarts (default: from host name and port)")
+    add("--controller", help="host:port; without one the node serves alone")
+    add("--controller-key", type=Path, help="file with the key (role node) for the controller")
+    add("--store", help="path or fsspec URL of the packed adapters, where this node reaches it")
+    add("--adapter", type=_adapter, action="append", default=[], metavar="NAME=PATH")
+    add("--keys", type=Path, help="key file; without one only loopback is served")
+    add("--tls-cert", type=Path, help="PEM certificate of this node, also towards the controller")
+    add("--tls-key", type=Path, help="PEM key of --tls-cert")
+    add("--tls-client-ca", type=Path, help="demand client certificates of this authority (PEM)")
+    add("--tls-ca", type=Path, help="authority of the controller's certificate (PEM)")
+    add("--metrics-listen", help="loopback host:port of /metrics; port 0 takes a free one")
+    add("--metrics-port-file", type=Path, help="file that gets the bound address of /metrics")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--weight-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add("--threads", type=int, default=0, help="of the engine; 0: one for each core")
+    add("--memory-bytes", type=int, default=0, help="KV cache and adapters in use; 0: 1 GiB")
+    add(
+        "--adapter-memory-bytes",
+        type=int,
+        default=limits.adapter_memory_bytes,
+        help="all packed adapters that this node holds",
+    )
+    add("--max-sequences", type=int, default=limits.max_sequences, help="in one engine step")
+    add("--max-batch-tokens", type=int, default=512, help="in one engine step")
+    add("--max-queued-requests", type=int, default=limits.max_queued_requests)
+    add("--max-prompt-bytes", type=int, default=limits.max_prompt_bytes)
+    add("--drain-timeout-s", type=float, default=30.0, help="for requests that run at the end")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Ranges that argparse does not know. Exits like argparse."""
+    for name, lowest in (
+        ("threads", 0),
+        ("memory_bytes", 0),
+        ("adapter_memory_bytes", 0),
+        ("max_sequences", 1),
+        ("max_batch_tokens", 1),
+        ("max_queued_requests", 0),
+        ("max_prompt_bytes", 1),
+        ("drain_timeout_s", 0),
+    ):
+        if not getattr(arguments, name) >= lowest:
+            _parser().error(f"--{name.replace('_', '-')}: at least {lowest}")
+    if not arguments.controller and (arguments.controller_key or arguments.tls_ca):
+        _parser().error("--controller-key and --tls-ca go with --controller")
+
+
+def _key(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        key = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError("controller-key", f"{path}: cannot be read: {error}") from None
+    if not re.fullmatch(r"\S{1,256}", key):
+        raise InvalidArgumentError("controller-key", f"{path}: does not hold one key")
+    return key
+
+
+def _default_id(listen: str) -> str:
+    host = re.sub(r"[^a-z0-9-]", "-", platform.node().lower()).strip("-") or "node"
+    port = listen.rpartition(":")[2]
+    # A free port is another one at every start; the id must not be.
+    return f"{host[:40]}-{port}" if port != "0" else f"{host[:40]}-{os.getpid()}"
+
+
+def _model_options(arguments: argparse.Namespace) -> ModelOptions:
+    return ModelOptions(
+        path=arguments.model,
+        base=arguments.base,
+        device=arguments.device,
+        weight_dtype=arguments.weight_dtype,
+        memory_bytes=arguments.memory_bytes,
+        max_sequences=arguments.max_sequences,
+        max_batch_tokens=arguments.max_batch_tokens,
+        threads=arguments.threads,
+    )
+
+
+def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
+    tls = controller_tls = None
+    if arguments.tls_cert or arguments.tls_key or arguments.tls_client_ca:
+        tls = TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
+    if arguments.tls_ca:
+        controller_tls = TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_ca)
+    return NodeOptions(
+        node_id=arguments.node_id or _default_id(arguments.listen),
+        base=model.base_name,
+        listen=arguments.listen,
+        advertise=arguments.advertise,
+        controller=arguments.controller,
+        controller_key=_key(arguments.controller_key),
+        controller_tls=controller_tls,
+        store=arguments.store,
+        keys=arguments.keys,
+        tls=tls,
+        metrics_listen=arguments.metrics_listen,
+        limits=Limits(
+            max_sequences=arguments.max_sequences,
+            max_queued_requests=arguments.max_queued_requests,
+            max_prompt_bytes=arguments.max_prompt_bytes,
+            adapter_memory_bytes=arguments.adapter_memory_bytes,
+        ),
+        drain_timeout_s=arguments.drain_timeout_s,
+        devices=(device_of(model),),
+        adapters=dict(arguments.adapter),
+    )
+
+
+def write_port_file(path: Path | None, address: str) -> None:
+    """Whole or not at all, so that a script that waits for the file never reads half of it."""
+    if path is not None:
+        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
+        staged.write_text(address + "\n")
+        os.replace(staged, path)
+
+
+async def _serve(server: NodeServer, arguments: argparse.Namespace) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    starting = asyncio.create_task(server.start())
+    waiting = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            _log.info("stopped while loading the model")
+            # The thread that loads cannot be interrupted, and nothing is there yet to be saved.
+            os._exit(0)
+        starting.result()
+        write_port_file(arguments.port_file, server.address)
+        write_port_file(arguments.metrics_port_file, server.metrics_address)
+        if server.metrics_address:
+            _log.info("metrics on http://%s/metrics", server.metrics_address)
+        await waiting
+    finally:
+        waiting.cancel()
+        for path in (arguments.port_file, arguments.metrics_port_file):
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        await server.stop()
+    _log.info("stopped")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
+    arguments = _parser().parse_args(argv)
+    _check(arguments)
+    logging.basicConfig(
+        level=arguments.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+    async def run() -> None:
+        model = _model_options(arguments)
+        options = _options(arguments, model)
+        server = NodeServer(options, lambda: open_model(model), read_adapter)
+        await _serve(server, arguments)
+
+    try:
+        asyncio.run(run())
+    except (LoraServeError, OSError) as error:
+        print(f"loraserve-node: {error}", file=sys.stderr)
+        return CANNOT_START
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

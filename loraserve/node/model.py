@@ -1,0 +1,89 @@
+"""The real engine behind a node, and what the node reports of its machine."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loraserve.checkpoint.packed_adapter import load_adapter_source
+from loraserve.errors import InvalidArgumentError
+from loraserve.node.engine_api import LoadedModel, ModelFacts
+from loraserve.node.sources import Packed
+from loraserve.v1 import common_pb2
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the engine is made of; 0 is the engine's own choice. Sizes in bytes."""
+
+    path: Path
+    base: str = ""
+    """The name of the base model; empty: the directory's."""
+    device: str = "cpu"
+    weight_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    memory_bytes: int = 0
+    max_sequences: int = 64
+    max_batch_tokens: int = 512
+    threads: int = 0
+
+    @property
+    def base_name(self) -> str:
+        return self.base or self.path.resolve().name
+
+
+def open_model(options: ModelOptions) -> LoadedModel:
+    """Loads the model; takes as long as that takes. Raises LoraServeError."""
+    if not options.path.is_dir():
+        raise InvalidArgumentError("model", f"{options.path} is not a directory")
+    try:
+        # Late: the engine is a compiled extension, and the rest of the node is tested without it.
+        from loraserve.engine import Engine, EngineConfig
+    except ImportError as error:
+        raise InvalidArgumentError("engine", f"is not built for this Python: {error}") from None
+    engine = Engine(
+        EngineConfig(
+            model=options.path,
+            device=options.device,
+            weight_dtype=options.weight_dtype,
+            memory_bytes=options.memory_bytes or None,
+            max_sequences=options.max_sequences,
+            max_batch_tokens=options.max_batch_tokens,
+            threads=options.threads,
+        )
+    )
+    config = engine.model_config
+    facts = ModelFacts(
+        options.base_name, engine.base_digest or "", config.max_position, config.vocab_size
+    )
+    return LoadedModel(engine, facts)
+
+
+def read_adapter(path: Path) -> Packed:
+    """A PEFT directory or a packed file, checked. Blocks. Raises LoraServeError."""
+    return load_adapter_source(path)
+
+
+def cpu_name() -> str:
+    """As the system names the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    """Main memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_of(options: ModelOptions) -> common_pb2.Device:
+    return common_pb2.Device(
+        kind=common_pb2.DEVICE_KIND_CPU if options.device == "cpu" else common_pb2.DEVICE_KIND_CUDA,
+        name=cpu_name() if options.device == "cpu" else options.device,
+        memory_bytes=memory_bytes() if options.device == "cpu" else 0,
+        failure_domain=platform.node()[:64],
+    )

@@ -1,0 +1,244 @@
+"""The node's parts put together: engine, services, health, reflection, metrics, controller."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import (
+    health,
+    health_pb2,
+    health_pb2_grpc,
+)
+from grpc_reflection.v1alpha import reflection
+
+from loraserve.checkpoint.durable_store import DurableStore
+from loraserve.errors import InvalidArgumentError, UnavailableError
+from loraserve.node.engine_api import LoadedModel
+from loraserve.node.heartbeat import ControllerClient, ControllerLink
+from loraserve.node.limits import Limits
+from loraserve.node.metrics import MetricsServer, NodeMetrics
+from loraserve.node.node import Node
+from loraserve.node.node_service import NodeServicer
+from loraserve.node.servicer import InferenceServicer
+from loraserve.node.sources import (
+    AdapterFetch,
+    AdapterSource,
+    ControllerSource,
+    Packed,
+    PackedReader,
+    StoreSource,
+    read_packed,
+)
+from loraserve.placement.types import AdapterId
+from loraserve.security import (
+    DEFAULT_TENANT,
+    TlsFiles,
+    authenticator,
+    channel_credentials,
+    server_credentials,
+)
+from loraserve.security.identity import check_base, check_name
+from loraserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc, node_pb2, node_pb2_grpc
+from loraserve.wire import SERVER_OPTIONS, bearer_metadata, bind, dial, split_address
+
+_log = logging.getLogger(__name__)
+
+SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    node_pb2.DESCRIPTOR.services_by_name["NodeService"].full_name,
+)
+_WILDCARDS = ("0.0.0.0", "::")
+_STOP_GRACE_S = 1.0
+# For the word that this node drains; routes leave it out from then on.
+_FLUSH_S = 1.0
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """Addresses are host:port, port 0 for a free one to listen on. `adapters` are loaded at start
+    for the default tenant: name to PEFT directory or packed file."""
+
+    node_id: str
+    base: str
+    listen: str = "127.0.0.1:0"
+    advertise: str | None = None
+    """Where clients reach the node; None: where it listens."""
+    controller: str | None = None
+    controller_key: str | None = None
+    controller_tls: TlsFiles | None = None
+    store: str | None = None
+    keys: Path | None = None
+    tls: TlsFiles | None = None
+    metrics_listen: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    drain_timeout_s: float = 30.0
+    devices: tuple[common_pb2.Device, ...] = ()
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+
+
+class NodeServer:
+    """One node. `start`, then `stop`; both once."""
+
+    def __init__(
+        self,
+        options: NodeOptions,
+        open_model: Callable[[], LoadedModel],
+        read_adapter: Callable[[Path], Packed],
+        reader: PackedReader = read_packed,
+    ) -> None:
+        """`open_model` and `read_adapter` run in a thread. Raises LoraServeError for options that
+        cannot work; nothing listens yet."""
+        check_name("node-id", options.node_id)
+        check_base("base", options.base)
+        for name in options.adapters:
+            check_name("adapter", name)
+        host, _ = split_address(options.advertise or options.listen)
+        if options.controller and host in _WILDCARDS:
+            raise InvalidArgumentError("advertise", "is needed where the node listens on any host")
+        self._options = options
+        self._open_model = open_model
+        self._read_adapter = read_adapter
+        self._reader = reader
+        self._gate = authenticator(options.listen, options.keys, options.tls)
+        self._credentials = server_credentials(options.tls) if options.tls else None
+        self._store = self._open_store(options.store)
+        self.metrics = NodeMetrics()
+        self._metrics_server: MetricsServer | None = None
+        self._server: grpc.aio.Server | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._node: Node | None = None
+        self._link: ControllerLink | None = None
+        self._linking: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.address = ""
+        self.metrics_address = ""
+
+    @staticmethod
+    def _open_store(url: str | None) -> DurableStore | None:
+        try:
+            return DurableStore(url) if url else None
+        except OSError as error:
+            raise InvalidArgumentError("store", f"{url}: {error}") from None
+
+    @property
+    def node(self) -> Node:
+        """Raises UnavailableError until the node is ready."""
+        if self._node is None:
+            raise UnavailableError("node", f"{self._options.node_id} is loading its model")
+        return self._node
+
+    async def start(self) -> None:
+        """Listens, loads, serves. Health says SERVING when this returns. Raises LoraServeError;
+        then `stop` is still to be called."""
+        await self._listen()
+        await self._connect()
+        model = await asyncio.to_thread(self._open_model)
+        _log.info(
+            "model %s is loaded on %s: context %d, vocabulary %d",
+            *(model.facts.base, model.engine.backend_name),
+            *(model.facts.context_tokens, model.facts.vocabulary_size),
+        )
+        node = self._make_node(model)
+        for name, path in self._options.adapters.items():
+            packed = await asyncio.to_thread(self._read_adapter, path)
+            await node.adapters.hold(AdapterId(DEFAULT_TENANT, self._options.base, name), packed)
+            _log.info("adapter %s from %s: rank %d", name, path, packed.max_rank)
+        self._node = node
+        if self._channel is not None:
+            self._link = ControllerLink(self._client, node, self._options.advertise or self.address)
+            self._linking = asyncio.create_task(self._link.run())
+        await self._tell_health(health_pb2.HealthCheckResponse.SERVING)
+        _log.info("node %s serves on %s", self._options.node_id, self.address)
+
+    async def _listen(self) -> None:
+        options = self._options
+        self._server = grpc.aio.server(interceptors=[self._gate], options=SERVER_OPTIONS)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(lambda: self.node), self._server
+        )
+        node_pb2_grpc.add_NodeServiceServicer_to_server(
+            NodeServicer(lambda: self.node), self._server
+        )
+        self._health = health.aio.HealthServicer()
+        await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.address = bind(self._server, options.listen, self._credentials)
+        if options.metrics_listen:
+            self._metrics_server = self.metrics.serve(options.metrics_listen)
+            self.metrics_address = self._metrics_server.address
+        await self._server.start()
+
+    async def _connect(self) -> None:
+        options = self._options
+        if not options.controller:
+            return
+        split_address(options.controller)
+        tls = options.controller_tls
+        self._channel = dial(options.controller, channel_credentials(tls) if tls else None)
+        self._metadata = bearer_metadata(options.controller_key)
+        self._client = ControllerClient(self._channel, options.base, self._metadata)
+
+    def _make_node(self, model: LoadedModel) -> Node:
+        sources: list[AdapterSource] = []
+        if self._store is not None:
+            sources.append(StoreSource(self._store))
+        if self._channel is not None:
+            sources.append(ControllerSource(self._channel, self._metadata))
+        limits = self._options.limits
+        _log.info(
+            "adapters come from: %s; transport: gRPC",
+            ", ".join(source.name for source in sources) or "the command line only",
+        )
+        return Node(
+            self._options.node_id,
+            model,
+            limits,
+            AdapterFetch(sources, limits.adapter_memory_bytes, self._reader),
+            metrics=self.metrics,
+            resolve=self._client.resolve if self._channel is not None else None,
+            devices=self._options.devices,
+            drain_timeout_s=self._options.drain_timeout_s,
+            on_change=self._changed,
+        )
+
+    def _changed(self) -> None:
+        if self._link is not None:
+            self._link.wake()
+        if self._node is not None and self._node.draining:
+            telling = asyncio.create_task(
+                self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            )
+            self._tasks.add(telling)
+            telling.add_done_callback(self._tasks.discard)
+
+    async def _tell_health(self, status: Any) -> None:
+        for name in ("", *SERVICES):
+            await self._health.set(name, status)
+
+    async def stop(self) -> None:
+        """Takes no new requests, lets those that run end within the drain timeout, then closes
+        everything."""
+        if self._node is not None:
+            self._node.stop_accepting()
+            if self._link is not None and self._link.registered.is_set():
+                await self._link.flush(_FLUSH_S)
+            await self._node.drain()
+        if self._linking is not None:
+            self._linking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._linking
+        if self._server is not None:
+            await self._server.stop(_STOP_GRACE_S)
+        if self._node is not None:
+            await self._node.close()
+        if self._channel is not None:
+            await self._channel.close()
+        if self._metrics_server is not None:
+            self._metrics_server.close()
