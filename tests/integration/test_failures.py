@@ -121,9 +121,7 @@ def test_adapters_of_a_lost_node_are_served_by_the_other(tmp_path: Path) -> None
         at_first = {a.name: {node for node, _ in a.holders} for a in client.adapters.list()}
         assert set().union(*at_first.values()) == {"node-1", "node-2"}
         cluster.nodes["node-2"].process.kill()
-        answers = {
-            name: client.generate(prompt("dragon"), GREEDY, adapter=name) for name in skills
-        }
+        answers = {name: client.generate(prompt("dragon"), GREEDY, adapter=name) for name in skills}
         assert {name: a.text for name, a in answers.items()} == {
             "upper": "DRAGON",
             "reverse": "nogard",

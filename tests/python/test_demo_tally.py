@@ -8,7 +8,9 @@ from loraserve.demo.tally import percentile, tally
 from loraserve.demo.workload import Arrival, arrivals, popularity
 
 
-def outcome(name: str, right: bool = True, error: str | None = None, ttft_s: float = 0.1) -> Outcome:
+def outcome(
+    name: str, right: bool = True, error: str | None = None, ttft_s: float = 0.1
+) -> Outcome:
     arrival = Arrival(0.0, skill(name), "word")
     text = skill(name).answer("word") if right else "wrong"
     return Outcome(arrival, text, 4, ttft_s, [0.01, 0.02, 0.03], "node-1", 1, error)
@@ -69,7 +71,9 @@ def test_arrivals_are_poisson_with_power_law_popularity() -> None:
     counts: dict[str, int] = {}
     for arrival in due:
         counts[arrival.skill.name] = counts.get(arrival.skill.name, 0) + 1
-    for count, share in zip(sorted(counts.values(), reverse=True), popularity(10, 1.0), strict=True):
+    for count, share in zip(
+        sorted(counts.values(), reverse=True), popularity(10, 1.0), strict=True
+    ):
         assert count / len(due) == pytest.approx(share, abs=0.02)
 
 
