@@ -86,7 +86,8 @@ class RequestRun:
 
     def _late(self) -> DeadlineExceededError:
         return DeadlineExceededError(
-            "timeout_s", f"{self._timeout_s:g} s have passed, {len(self._log.token_ids)} tokens came"
+            "timeout_s",
+            f"{self._timeout_s:g} s have passed, {len(self._log.token_ids)} tokens came",
         )
 
     async def _choose(self) -> NodeRoute:
