@@ -69,8 +69,11 @@ class RequestRun:
                         yield chunk
                 return
             except LoraServeError as error:
-                await self._after(error, node, len(self._log.token_ids) > had)
-            last = self._log.finish_if_full(self._retry.attempt)
+                if node_is_lost(error) and not self._site.channels.closed:
+                    self._site.router.failed(node.node_id)
+                last = self._log.finish_if_full(self._retry.attempt)
+                if last is None:
+                    await self._after(error, node, len(self._log.token_ids) > had)
             if last is not None:
                 yield last
                 return
@@ -96,7 +99,7 @@ class RequestRun:
         if watch is not None:
             await watch.first_table(min(self._left() or FIRST_TABLE_WAIT_S, FIRST_TABLE_WAIT_S))
         route = RouteRequest(
-            self._route.base,
+            self._log.base,
             self._route.adapter,
             self._log.revision,
             self._log.prompt_tokens + len(self._log.token_ids),
@@ -133,8 +136,10 @@ class RequestRun:
         table = self._site.router.table
         if not table.nodes:
             return "none has registered with the controller"
-        if route.base and route.base not in table.bases() | {""}:
-            return f"none serves {route.base!r}, but {', '.join(sorted(table.bases()))}"
+        known = table.find(route.base, route.adapter) if route.adapter else None
+        base, bases = known.adapter.base if known else route.base, table.bases()
+        if base and not bases & {base, ""}:
+            return f"none serves {base!r}, but {', '.join(sorted(bases))}"
         return "all are draining"
 
     async def _attempt(self, node: NodeRoute) -> AsyncGenerator[Chunk, None]:
@@ -154,6 +159,7 @@ class RequestRun:
                     if message.HasField("load"):
                         router.observe(node.node_id, load_from_wire(message.load))
                     chunk = self._log.accept(message)
+                    router.answered(node.node_id, ticket)
                     if chunk is not None:
                         yield chunk
                     if self._log.finish_reason is not None:
@@ -169,8 +175,6 @@ class RequestRun:
             raise error
         if self._site.channels.closed:
             raise error
-        if node_is_lost(error):
-            self._site.router.failed(node.node_id)
         self._avoid.add(node.node_id)
         wait_s = self._retry.after(error, progress, self._log.started)
         if wait_s is None:
