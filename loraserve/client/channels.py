@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Collection
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -111,7 +111,7 @@ async def responses(channels: Channels, call: Any) -> AsyncGenerator[Any, None]:
             raise
         raise error from None
     except grpc.RpcError as error:
-        raise from_rpc_error(cast(grpc.RpcError, error)) from None
+        raise from_rpc_error(error) from None
     except grpc.aio.UsageError:
         raise closed() from None
     finally:

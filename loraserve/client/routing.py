@@ -246,7 +246,7 @@ class Router:
         """What is ahead of a new request on the node, in prompt tokens; 0 where it is idle."""
         w, view, now = self._weights, self._views[holder.node_id], self._clock()
         load = view.load
-        trust = 0.5 ** ((now - view.observed_at) / self.LOAD_HALF_LIFE_S)
+        trust: float = 0.5 ** ((now - view.observed_at) / self.LOAD_HALF_LIFE_S)
         unseen = [tokens for sent, tokens in view.own.values() if sent >= view.observed_at]
         cost = trust * load.queued_prefill_tokens + sum(unseen)
         running = max(trust * load.running_requests + len(unseen), len(view.own))

@@ -7,6 +7,7 @@ import pytest
 from fake_node import until
 from request_site import (
     ANSWER,
+    PROMPT,
     Client,
     abort_with,
     bad_node,
@@ -150,6 +151,8 @@ def test_leaving_an_answer_ends_it_at_the_node() -> None:
             chunks = asks.run(SamplingParams(max_tokens=10000)).chunks()
             assert (await anext(chunks)).token_ids == ANSWER[:1]
             assert len(engine.live) == 1
+            own = asks.site.router._views["a"].own.values()
+            assert [tokens for _, tokens in own] == [len(PROMPT)]
             await chunks.aclose()
             await until(lambda: not engine.live and not len(server.node.requests), "freed")
             assert not asks.site.router._views["a"].own

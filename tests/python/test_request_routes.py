@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fake_controller import adapter_route, fake_controller, node_route, routes
 from fake_node import until
-from request_site import ANSWER, bad_node, client, finish, good_node, run
+from request_site import ANSWER, bad_node, client, finish, good_node, run, start, token
 
 from loraserve.client import request_run
 from loraserve.errors import (
@@ -181,6 +181,47 @@ def test_a_key_that_the_controller_refuses_is_the_error_of_the_request() -> None
                 with pytest.raises(UnauthenticatedError, match="nobody issued") as caught:
                     await asks.answer()
                 assert caught.value.field == "authorization"
+
+    run(test)
+
+
+def test_an_answer_goes_on_at_a_holder_of_the_revision_that_began_it() -> None:
+    async def test() -> None:
+        begun = start(revision="a" * 64)
+
+        async def breaks(_: GenerateRequest, context: Any) -> None:
+            await context.write(token(0, start=begun))
+            await asyncio.sleep(0.1)
+
+        async def goes_on(_: GenerateRequest, context: Any) -> None:
+            await context.write(finish(1, start=begun))
+
+        async with bad_node(breaks) as one, bad_node(goes_on) as two, bad_node(breaks) as new:
+            table = routes(
+                1,
+                nodes=[
+                    node_route("n1", one.address),
+                    node_route("n2", new.address),
+                    node_route("n3", two.address),
+                ],
+                adapters=[adapter_route("sql", "n1")],
+            )
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                task = asyncio.ensure_future(asks.answer(adapter="sql"))
+                await until(lambda: asks.tokens == 1, "a token")
+                # The name has come to mean another revision, on another node.
+                sql = adapter_route("sql", "n3")
+                moved = adapter_route("sql", "n2").revisions[0]
+                sql.revision = moved.revision = "b" * 64
+                sql.revisions.append(moved)
+                control.send(routes(2, full=False, adapters=[sql]))
+                done = await task
+                assert (done.token_ids, done.revision) == (ANSWER[:2], "a" * 64)
+                assert two.requests[0].adapter.revision == "a" * 64
+                assert not new.requests
 
     run(test)
 

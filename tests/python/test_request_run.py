@@ -182,6 +182,7 @@ def test_the_only_node_is_asked_again() -> None:
         async with bad_node(generate) as node, client(nodes_table(a=node.address)) as asks:
             exact(await asks.answer(), attempts=3)
             assert [r.attempt for r in node.requests] == [0, 1, 2]
+            assert asks.site.router._views["a"].failures == 0  # it answers again
             assert len({r.request_id for r in node.requests}) == 1
 
     run(test)
