@@ -81,14 +81,29 @@ async def _cancelled_by_peer(call: Any) -> LoraServeError | None:
     return from_rpc_error(await_error)
 
 
+def _this_task_is_cancelled() -> bool:
+    """True also where it cannot be known: before Python 3.11."""
+    cancelling = getattr(asyncio.current_task(), "cancelling", None)
+    return cancelling is None or cancelling() > 0
+
+
+async def _ended(channels: Channels, call: Any) -> LoraServeError | None:
+    """Why `call` was cancelled by somebody else than this task; None where it was this task."""
+    if channels.closed:
+        return closed()
+    error = await _cancelled_by_peer(call)
+    if error is None and not _this_task_is_cancelled():
+        # The channel of a node that is gone from the routes was closed at last.
+        return UnavailableError("stream", "the channel was closed")
+    return error
+
+
 async def unary(channels: Channels, call: Awaitable[T]) -> T:
     """The response of a call with one. Raises LoraServeError."""
     try:
         return await call
     except asyncio.CancelledError:
-        if channels.closed:
-            raise closed() from None
-        error = await _cancelled_by_peer(call)
+        error = await _ended(channels, call)
         if error is None:
             raise
         raise error from None
@@ -104,9 +119,7 @@ async def responses(channels: Channels, call: Any) -> AsyncGenerator[Any, None]:
         while (message := await call.read()) is not grpc.aio.EOF:
             yield message
     except asyncio.CancelledError:
-        if channels.closed:
-            raise closed() from None
-        error = await _cancelled_by_peer(call)
+        error = await _ended(channels, call)
         if error is None:
             raise
         raise error from None

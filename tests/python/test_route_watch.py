@@ -105,9 +105,10 @@ def test_the_last_table_stays_and_ages_while_the_controller_is_away() -> None:
         ):
             await watcher.watch.first_table(5)
             waiting = asyncio.ensure_future(watcher.watch.changed(5))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.4)
             await control.stop()
             assert await waiting  # whoever waits for a table hears of the failure
+            assert (watcher.watch.age_s or 1) < 0.3  # it was confirmed until now
             table = watcher.watch.table
             await asyncio.sleep(0.3)
             assert watcher.watch.table is table
@@ -194,11 +195,14 @@ def test_a_controller_that_ends_the_watch_is_asked_again() -> None:
             fake_controller(routes(1, nodes=[N1])) as control,
             watching(control) as watcher,
         ):
-            for count in (2, 3, 4):
+            begin = asyncio.get_running_loop().time()
+            for count in range(2, 8):
                 await until(lambda: control.open_watches == 1, "the watch stands")
                 control.send(None)
                 await until(lambda c=count: len(control.watches) >= c, "asked again")  # type: ignore[misc]
             assert list(watcher.watch.table.nodes) == ["n1"]
+            # Each time it answered, so each time it is asked soon.
+            assert asyncio.get_running_loop().time() - begin < 2
 
     run(test)
 
