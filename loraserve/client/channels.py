@@ -98,10 +98,10 @@ async def _ended(channels: Channels, call: Any) -> LoraServeError | None:
     return error
 
 
-async def unary(channels: Channels, call: Awaitable[T]) -> T:
-    """The response of a call with one. Raises LoraServeError."""
+async def unary(channels: Channels, call: Any, work: Awaitable[T] | None = None) -> T:
+    """The response of a call with one, or what `work` makes of the call. Raises LoraServeError."""
     try:
-        return await call
+        return await (call if work is None else work)
     except asyncio.CancelledError:
         error = await _ended(channels, call)
         if error is None:

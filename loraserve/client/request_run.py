@@ -94,7 +94,8 @@ class RequestRun:
         )
 
     async def _choose(self) -> NodeRoute:
-        """Raises UnavailableError where no node can be asked."""
+        """Raises UnavailableError where no node can be asked, NotFoundError for a base that nobody
+        has heard of."""
         site, watch = self._site, self._site.watch
         if watch is not None:
             await watch.first_table(min(self._left() or FIRST_TABLE_WAIT_S, FIRST_TABLE_WAIT_S))
@@ -115,7 +116,7 @@ class RequestRun:
                 RouteRequest(route.base, route.adapter, route.revision, route.prompt_tokens)
             )
         if node is None:
-            raise UnavailableError("nodes", self._no_node(route))
+            raise self._no_node(route)
         return node
 
     async def _wait_for_holder(self, watch: RouteWatch, route: RouteRequest) -> None:
@@ -132,15 +133,19 @@ class RequestRun:
             await watch.changed(left if own is None else min(left, own))
             self._left()
 
-    def _no_node(self, route: RouteRequest) -> str:
+    def _no_node(self, route: RouteRequest) -> LoraServeError:
         table = self._site.router.table
         if not table.nodes:
-            return "none has registered with the controller"
+            return UnavailableError("nodes", "none has registered with the controller")
         known = table.find(route.base, route.adapter) if route.adapter else None
         base, bases = known.adapter.base if known else route.base, table.bases()
-        if base and not bases & {base, ""}:
-            return f"none serves {base!r}, but {', '.join(sorted(bases))}"
-        return "all are draining"
+        if not base or bases & {base, ""}:
+            return UnavailableError("nodes", "all are draining")
+        served = ", ".join(sorted(bases))
+        if known is None and not self._log.started:
+            return NotFoundError("base", f"no node serves {base!r}, but {served}")
+        # The cluster knows the base: its nodes may come back.
+        return UnavailableError("nodes", f"none serves {base!r}, but {served}")
 
     async def _attempt(self, node: NodeRoute) -> AsyncGenerator[Chunk, None]:
         left = self._left()

@@ -264,7 +264,7 @@ def test_a_real_node_names_the_field() -> None:
             for fields, field in (
                 ({"adapter": "nobody"}, "adapter"),
                 ({"adapter": "../x"}, "adapter.name"),
-                ({"base": "other"}, "nodes"),  # the table tells, nobody is asked
+                ({"base": "other"}, "base"),  # the table tells, nobody is asked
             ):
                 error, _ = await failed(asks, **fields)
                 assert error.field == field

@@ -142,7 +142,8 @@ def test_where_nobody_can_be_asked_the_reason_is_told(monkeypatch: pytest.Monkey
             control.send(routes(2, nodes=[draining]))
             await until(lambda: asks.site.router.table.version == 2, "table 2")
             assert await reason() == "all are draining"
-            assert await reason(base="other") == "none serves 'other', but tiny"
+            with pytest.raises(NotFoundError, match="base: no node serves 'other', but tiny"):
+                await asks.answer(ONE, base="other")
             other = node_route("n2", "127.0.0.1:1", base="other")
             control.send(routes(3, nodes=[draining, other], adapters=[sql]))
             await until(lambda: asks.site.router.table.version == 3, "table 3")

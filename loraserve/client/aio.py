@@ -1,0 +1,239 @@
+"""The client SDK for asyncio."""
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from loraserve.client.adapter_calls import AdapterCalls
+from loraserve.client.channels import Channels
+from loraserve.client.request_run import RequestRun, Site
+from loraserve.client.resume import AnswerLog
+from loraserve.client.retry import RetryBudget, RetryPolicy
+from loraserve.client.route_table import RouteTable, static_table
+from loraserve.client.route_watch import RouteWatch
+from loraserve.client.routing import Router, RouteRequest
+from loraserve.client.types import Chunk, Completion, Prompt
+from loraserve.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+)
+from loraserve.sampling_params import SamplingParams
+from loraserve.security.tls import TlsFiles
+
+# Streams on a node that left the table may go on for so long; it may only be out of the
+# controller's sight.
+_RETIRED_CHANNEL_S = 600.0
+
+
+class AnswerStream:
+    """An answer as it comes: an async iterator of chunks. Leaving it early (`aclose`, or the end of
+    `async with`) cancels the request."""
+
+    def __init__(self, run: RequestRun, log: AnswerLog) -> None:
+        self._run = run
+        self._log = log
+        self._chunks = run.chunks()
+
+    def __aiter__(self) -> "AnswerStream":
+        return self
+
+    async def __anext__(self) -> Chunk:
+        return await anext(self._chunks)
+
+    async def aclose(self) -> None:
+        await self._chunks.aclose()
+
+    async def __aenter__(self) -> "AnswerStream":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def completion(self) -> Completion:
+        """The whole answer, once the stream has ended. Raises FailedPreconditionError before."""
+        if self._log.finish_reason is None:
+            raise FailedPreconditionError("stream", "the answer has not ended")
+        return self._log.completion(self._run.attempts)
+
+
+class AsyncClient:
+    """A client of one cluster. Lives on one event loop; an async context manager, `close`
+    otherwise.
+
+    It keeps the controller's route table, picks a node for each request and sends it there:
+    tokens never pass through the controller. A request whose node fails goes on on another one.
+    Errors are those of loraserve.errors.
+    """
+
+    def __init__(
+        self,
+        controller: str | None = None,
+        *,
+        nodes: Sequence[str] = (),
+        api_key: str | None = None,
+        tls: TlsFiles | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """`controller`: host:port. Without one, `nodes` are the host:port of nodes that serve
+        alone. Connects when first used. Raises InvalidArgumentError."""
+        if (controller is None) == (not nodes):
+            raise InvalidArgumentError("controller", "a controller or nodes are needed, not both")
+        policy = retry or RetryPolicy()
+        self._channels = Channels(api_key, tls)
+        self._controller = controller
+        router = Router(
+            time.monotonic, random.random, None if controller else static_table(tuple(nodes))
+        )
+        watch = RouteWatch(self._channels, controller, self._on_table) if controller else None
+        self._site = Site(self._channels, router, watch, policy, RetryBudget(policy))
+        self._watching = False
+        self._retired: set[asyncio.Task[None]] = set()
+        self.adapters = AdapterCalls(self._channels, controller)
+        """Adding, changing, listing and removing adapters."""
+
+    # Requests
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        base: str = "",
+        revision: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+    ) -> AnswerStream:
+        """The answer in chunks, each token exactly once.
+
+        `adapter`: None for the base model. `revision`: of the adapter, by default what its name
+        points to. `timeout_s`: for the whole request, retries included.
+        """
+        self._watch()
+        params = params or SamplingParams()
+        log = AnswerLog(
+            request_id if request_id is not None else uuid.uuid4().hex,
+            prompt,
+            params,
+            adapter=adapter,
+            base=base,
+            revision=revision,
+            priority=priority,
+        )
+        run = RequestRun(self._site, log, RouteRequest(base, adapter, revision), timeout_s)
+        return AnswerStream(run, log)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        base: str = "",
+        revision: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Completion:
+        """The whole answer; see `stream`."""
+        async with self.stream(
+            prompt,
+            params,
+            adapter=adapter,
+            base=base,
+            revision=revision,
+            priority=priority,
+            timeout_s=timeout_s,
+            request_id=request_id,
+        ) as stream:
+            async for _ in stream:
+                pass
+            return stream.completion()
+
+    # Routes
+
+    @property
+    def routes(self) -> RouteTable:
+        """The table that requests are routed by; the last one where the controller is away."""
+        return self._site.router.table
+
+    @property
+    def routes_age_s(self) -> float | None:
+        """Seconds since the controller confirmed the table; None before the first and where there
+        is no controller."""
+        return self._site.watch.age_s if self._site.watch else None
+
+    async def wait_routable(
+        self, adapters: Iterable[str], *, base: str = "", timeout_s: float = 30.0
+    ) -> None:
+        """Returns when every named adapter has a holder; with none named, when there is a node.
+
+        Raises DeadlineExceededError, which names one that has none and why.
+        """
+        watch = self._site.watch
+        if watch is None:
+            return
+        self._watch()
+        names = list(adapters)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        await watch.first_table(timeout_s)
+        while (missing := self._missing(names, base)) is not None:
+            left = end - loop.time()
+            if left <= 0:
+                raise DeadlineExceededError("timeout_s", f"{timeout_s:g} s have passed: {missing}")
+            await watch.changed(left)
+
+    def _missing(self, names: Sequence[str], base: str) -> str | None:
+        router = self._site.router
+        if not router.table.nodes:
+            return "no node has registered"
+        for name in names:
+            if not router.has_holder(RouteRequest(base, name)):
+                route = router.table.find(base, name)
+                why = route.unrouted_reason if route else "is not in the route table"
+                return f"adapter {name!r}: {why}"
+        return None
+
+    def _watch(self) -> None:
+        if self._site.watch is not None and not self._watching:
+            self._watching = True
+            self._site.watch.start()
+
+    def _on_table(self, table: RouteTable) -> None:
+        self._site.router.set_table(table)
+        used = {node.address for node in table.nodes.values()} | {self._controller}
+        for channel in self._channels.drop(self._channels.addresses - used):
+            closing = asyncio.ensure_future(channel.close(_RETIRED_CHANNEL_S))
+            self._retired.add(closing)
+            closing.add_done_callback(self._retired.discard)
+
+    async def close(self) -> None:
+        """Ends what runs with UnavailableError. Idempotent."""
+        if self._site.watch is not None:
+            await self._site.watch.stop()
+        await self._channels.close()
+        for closing in self._retired:
+            closing.cancel()
+        await asyncio.gather(*self._retired, return_exceptions=True)
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()

@@ -1,0 +1,1 @@
+"""The subcommands of `loraserve`. Each module adds its parser and runs it."""

@@ -1,0 +1,125 @@
+"""`loraserve demo`: a controller and two nodes on this machine, ten adapters of ranks 4 to 128, a
+minute of requests, every answer checked."""
+
+import asyncio
+import contextlib
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from loraserve.client import AsyncClient
+from loraserve.demo import MODEL_NAME, adapter_directory, view
+from loraserve.demo.cluster import Cluster, threads_per_node
+from loraserve.demo.replay import Progress, replay
+from loraserve.demo.skills import SKILLS
+from loraserve.demo.tally import Tally, tally
+from loraserve.demo.workload import arrivals
+
+_FRAME_S = 0.5
+# Between progress lines, where there is no terminal to redraw.
+_LINE_S = 10.0
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    seconds: float = 60.0
+    rate_per_s: float = 100.0
+    burst: int = 200
+    """Requests that come all at once in the middle."""
+    nodes: int = 2
+    seed: int = 0
+    as_json: bool = False
+    directory: Path | None = None
+    """Where data and logs stay; None: a temporary directory that goes."""
+
+
+@contextlib.asynccontextmanager
+async def _running(options: DemoOptions, console: Console) -> AsyncIterator[AsyncClient]:
+    """A cluster that serves all skills, and a client of it."""
+    with contextlib.ExitStack() as stack:
+        directory = options.directory or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="loraserve-demo-"))
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+        console.print(f"starting a controller and {options.nodes} nodes; logs in {directory}")
+        threads = str(threads_per_node(options.nodes))
+        cluster = Cluster(directory, options.nodes, node_options=["--threads", threads])
+        async with cluster, AsyncClient(cluster.address) as client:
+            for daemon in cluster.daemons:
+                console.print(
+                    f"  {daemon.name} (pid {daemon.process.pid}) on {daemon.address}, "
+                    f"metrics on http://{daemon.metrics}/metrics"
+                )
+            await client.wait_routable(())
+            for skill in SKILLS:
+                info = await client.adapters.add(
+                    skill.name, adapter_directory(skill.name), base=MODEL_NAME
+                )
+                console.print(
+                    f"  adapter {skill.name}: rank {skill.rank}, {info.size_bytes} bytes, "
+                    f"{skill.description}"
+                )
+            await client.wait_routable([skill.name for skill in SKILLS])
+            yield client
+        console.print("the daemons have stopped")
+
+
+async def _watched(
+    client: AsyncClient, progress: Progress, options: DemoOptions, console: Console
+) -> None:
+    """Shows the progress until cancelled."""
+    if not console.is_terminal:
+        while True:
+            await asyncio.sleep(_LINE_S)
+            done = progress.outcomes
+            console.print(
+                f"{progress.elapsed_s:.0f} s: {progress.sent} sent, "
+                f"{sum(o.correct for o in done)} of {len(done)} right, "
+                f"{progress.in_flight.total()} in flight"
+            )
+    with Live(console=console, auto_refresh=False) as screen:
+        try:
+            while True:
+                screen.update(
+                    view.live(progress, options.seconds, client.routes, console.width), refresh=True
+                )
+                await asyncio.sleep(_FRAME_S)
+        finally:
+            screen.update("", refresh=True)
+
+
+async def run(options: DemoOptions, console: Console) -> Tally:
+    """The whole demo. Raises LoraServeError where the cluster cannot start."""
+    due = arrivals(options.seconds, options.rate_per_s, options.burst, seed=options.seed)
+    progress = Progress(len(due))
+    async with _running(options, console) as client:
+        console.print(
+            f"{len(due)} requests in {options.seconds:g} s: Poisson arrivals, power-law popularity "
+            f"of adapters, and {options.burst} requests at once in the middle"
+        )
+        watching = asyncio.create_task(_watched(client, progress, options, console))
+        try:
+            await replay(client, due, progress)
+            seconds = progress.elapsed_s
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching})
+        holders = view.holders(client.routes)
+    result = tally(
+        progress.outcomes,
+        len(due),
+        seconds,
+        progress.most_in_flight,
+        progress.most_adapters,
+        holders,
+    )
+    console.print(view.summary(result, console.width))
+    if options.as_json:
+        console.file.flush()
+        print(json.dumps(result.to_json()), flush=True)
+    return result
