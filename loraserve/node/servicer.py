@@ -10,7 +10,7 @@ from loraserve.errors import (
     CancelledError,
     DeadlineExceededError,
     LoraServeError,
-    UnsupportedError,
+    UnimplementedError,
 )
 from loraserve.node.answer import Answer
 from loraserve.node.convert import check_base_of_node, seconds
@@ -38,7 +38,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     @typed_errors
     async def StepStream(self, requests: Any, context: Any) -> None:  # type: ignore[override]
-        raise UnsupportedError("StepStream", "is not offered by this version; use Generate")
+        raise UnimplementedError("StepStream", "is not offered by this version; use Generate")
 
     @typed_errors
     async def Generate(  # type: ignore[override]
