@@ -131,6 +131,8 @@ class ControllerSource:
             raise UnavailableError("controller", f"sent nothing for {STALL_S:g} s") from None
         finally:
             call.cancel()
+        if size is None:
+            raise UnavailableError("controller", "ended without a word")
         if len(blob) != size:
             raise UnavailableError("controller", f"ended after {len(blob)} of {size} bytes")
         return bytes(blob)
@@ -165,6 +167,9 @@ class AdapterFetch:
             except LoraServeError as error:
                 failure = error
                 _log.warning("adapter %s: %s cannot give it: %s", spec.adapter, source.name, error)
+            except Exception:  # of a file system's driver; the next source may do better
+                failure = UnavailableError(source.name, "failed; the node's log says why")
+                _log.exception("adapter %s: %s failed", spec.adapter, source.name)
         raise failure or NotFoundError("adapter", "this node has no source of adapters")
 
 
