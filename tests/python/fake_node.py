@@ -200,11 +200,10 @@ async def serving(
 ) -> AsyncIterator[tuple[NodeServer, grpc.aio.Channel]]:
     """A whole node on a free loopback port, and a channel to it."""
     given = NodeOptions(
-        node_id="n1",
         base=BASE,
         limits=limits or Limits(),
         store=str(store) if store else None,
-        **{"drain_timeout_s": 0.2, **options},
+        **{"node_id": "n1", "drain_timeout_s": 0.2, **options},
     )
     server = NodeServer(given, lambda: LoadedModel(engine, FACTS), read_fake, read_fake)
     on_server(server)
