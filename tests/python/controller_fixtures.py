@@ -109,7 +109,8 @@ def pieces(data: bytes, size: int = 1 << 20) -> Iterator[bytes]:
 async def controller(
     directory: Path, keys: dict[str, str] | None = None, **options: Any
 ) -> AsyncIterator[Site]:
-    """With keys: users `acme` and `zeta`, `node` and `admin`; `keys`: those of an earlier start."""
+    """With keys: users `acme` and `zeta`, `node` and `admin`. `keys`: those of an earlier start,
+    none where it is empty."""
     path = directory / "keys.jsonl"
     if keys is None:
         path.unlink(missing_ok=True)
@@ -122,7 +123,7 @@ async def controller(
     chosen: dict[str, Any] = {
         "listen": "127.0.0.1:0",
         "data_dir": directory / "data",
-        "keys": path,
+        "keys": path if keys else None,
         "settings": Settings(tick_seconds=TICK_S, silent_ticks=5),
         "inspector": fake_inspector,
     }

@@ -4,15 +4,14 @@ import asyncio
 import importlib
 import json
 import logging
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-from google.protobuf.descriptor import MethodDescriptor
+from certificates import certificate
+from every_rpc import FILES, OPEN, RPCS, call
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -30,22 +29,6 @@ from loraserve.security import (
     server_credentials,
 )
 from loraserve.wire import SERVER_OPTIONS, bearer_metadata, bind, dial
-
-FILES = ("inference", "adapter", "node", "controller")
-OPEN = {f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch")}
-
-
-def rpcs() -> Iterator[tuple[str, MethodDescriptor]]:
-    modules = [importlib.import_module(f"loraserve.v1.{name}_pb2") for name in FILES]
-    modules.append(health_pb2)
-    modules.append(importlib.import_module("grpc_reflection.v1alpha.reflection_pb2"))
-    for module in modules:
-        for service in module.DESCRIPTOR.services_by_name.values():
-            for method in service.methods:
-                yield f"/{service.full_name}/{method.name}", method
-
-
-RPCS = dict(rpcs())
 
 
 class Echo:
@@ -74,20 +57,6 @@ async def serve(gate: Any, credentials: Any = None) -> tuple[grpc.aio.Server, st
     address = bind(server, "127.0.0.1:0", credentials)
     await server.start()
     return server, address
-
-
-async def call(channel: grpc.aio.Channel, path: str, metadata: Any = ()) -> tuple[str, str]:
-    """Calls any RPC with one empty message; the status code and details that come back."""
-    streaming = RPCS[path].client_streaming if path in RPCS else False
-    kind = channel.stream_stream if streaming else channel.unary_stream
-    rpc: Any = kind(path, request_serializer=lambda m: m, response_deserializer=lambda m: m)
-    running = rpc(iter([b""]) if streaming else b"", metadata=metadata, timeout=5)
-    try:
-        async for _ in running:
-            running.cancel()
-    except (grpc.RpcError, asyncio.CancelledError):
-        pass
-    return (await running.code()).name, (await running.details()) or ""
 
 
 @pytest.fixture
@@ -232,22 +201,11 @@ def test_a_bad_key_file_is_refused(tmp_path: Path, line: str, named: str) -> Non
         KeyRing.load(tmp_path / "absent")
 
 
-def _certificate(directory: Path, name: str, san: str, issuer: str | None) -> TlsFiles:
-    key, cert = directory / f"{name}.key", directory / f"{name}.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    command += ["-nodes", "-days", "2", "-subj", f"/CN={name}", "-keyout", key, "-out", cert]
-    if issuer:
-        command += ["-CA", directory / f"{issuer}.pem", "-CAkey", directory / f"{issuer}.key"]
-        command += ["-addext", f"subjectAltName={san}", "-addext", "basicConstraints=CA:FALSE"]
-    subprocess.run(command, check=True, capture_output=True)
-    return TlsFiles(cert, key, directory / "ca.pem")
-
-
 def test_a_client_certificate_is_an_identity(tmp_path: Path) -> None:
-    _certificate(tmp_path, "ca", "", None)
-    files = _certificate(tmp_path, "server", "IP:127.0.0.1,DNS:localhost", "ca")
-    node = _certificate(tmp_path, "node", "URI:loraserve://acme/node/n1", "ca")
-    nobody = _certificate(tmp_path, "nobody", "URI:loraserve://acme/root/n1", "ca")
+    certificate(tmp_path, "ca", "", None)
+    files = certificate(tmp_path, "server", "IP:127.0.0.1,DNS:localhost", "ca")
+    node = certificate(tmp_path, "node", "URI:loraserve://acme/node/n1", "ca")
+    nobody = certificate(tmp_path, "nobody", "URI:loraserve://acme/root/n1", "ca")
 
     async def answer(address: str, credentials: Any, path: str) -> tuple[str, str]:
         async with dial(address, credentials) as channel:
