@@ -216,6 +216,26 @@ def test_a_later_attempt_takes_over_and_an_equal_one_is_refused() -> None:
     run(test)
 
 
+def test_attempt_after_attempt_is_bounded_like_any_request() -> None:
+    async def test() -> None:
+        engine = FakeEngine(step_s=0.3)  # what is replaced takes a step to end
+        limits = Limits(max_sequences=1, max_queued_requests=1)
+        async with serving(engine, limits=limits) as (server, channel):
+            calls = [asyncio.ensure_future(answers(channel, attempt=0))]
+            await until(lambda: len(engine.calls) == 1, "running")
+            for attempt in (1, 2):
+                calls.append(asyncio.ensure_future(answers(channel, attempt=attempt)))
+                await until(lambda: len(engine.calls) == len(calls), "running")
+            error = await refused(answers(channel, attempt=3))
+            assert (error.code, error.field) == ("RESOURCE_EXHAUSTED", "requests")
+            assert len(await calls[2]) == 3
+            for call in calls[:2]:
+                assert (await refused(call)).code == "CANCELLED"
+            assert not len(server.node.requests)
+
+    run(test)
+
+
 def test_step_stream_is_not_offered_yet() -> None:
     async def test() -> None:
         async with serving(FakeEngine()) as (_, channel):
