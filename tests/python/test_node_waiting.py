@@ -1,6 +1,9 @@
 """Requests that wait: for their adapter, or for a client that does not read."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from loraserve.node import requests
 from loraserve.node.limits import Limits
 from loraserve.node.server import NodeServer
 from loraserve.v1 import common_pb2, node_pb2
+from loraserve.wire import SERVER_OPTIONS
 
 SQL = {"name": "sql"}
 
@@ -167,5 +171,45 @@ def test_a_client_that_does_not_read_holds_nothing_for_ever(
             await until(lambda: not engine.live, "the engine is rid of it")
             assert not any(r.active_requests for r in server.node.adapters.residency())
             call.cancel()
+
+    run(test)
+
+
+CLIENT = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[2])
+from node_calls import generate
+from loraserve.wire import dial
+
+async def read():
+    async with dial(sys.argv[1]) as channel:
+        async for message in generate(channel, sampling={"max_tokens": 100000}, rpc_timeout=60):
+            print(message.first_index, flush=True)
+
+asyncio.run(read())
+"""
+
+
+def test_the_request_of_a_frozen_client_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = dict(SERVER_OPTIONS)
+    times = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+    assert product[times[0]] + product[times[1]] <= 15_000
+    assert product[times[2]] == product[times[1]]
+    quick = [*(product | dict.fromkeys(times, 300)).items()]
+    monkeypatch.setattr("loraserve.node.server.SERVER_OPTIONS", quick)
+
+    async def test() -> None:
+        engine = FakeEngine(step_s=0.01)
+        async with serving(engine) as (server, _):
+            words = [sys.executable, "-c", CLIENT, server.address, str(Path(__file__).parent)]
+            client = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+            try:
+                assert client.stdout is not None
+                assert await asyncio.to_thread(client.stdout.readline) == "0\n"
+                client.send_signal(signal.SIGSTOP)
+                await until(lambda: not engine.live and not len(server.node.requests), "freed")
+            finally:
+                client.kill()
+                client.communicate()
 
     run(test)
