@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -169,6 +170,48 @@ def test_a_frozen_node_is_found_out_and_a_second_one_takes_nothing_from_it(
             assert code == 0, errors
 
     run(test)
+
+
+LOADING = """
+import sys, time
+import loraserve.node.main as node
+node.open_model = lambda options: time.sleep(60)
+sys.exit(node.main(sys.argv[1:]))
+"""
+
+
+def test_a_node_that_loads_says_so_and_can_be_stopped(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    port_file = tmp_path / "port"
+    words = [sys.executable, "-c", LOADING, *map(str, MODEL), "--listen", address]
+    process = subprocess.Popen(
+        [*words, "--port-file", str(port_file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    async def test() -> None:
+        async with dial(address) as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest(service=SERVICE)
+            answer = await health.Check(request, wait_for_ready=True, timeout=15)
+            assert answer.status == NOT_SERVING
+            error = await refused(text_of(generate(channel)))
+            assert (error.code, error.field) == ("UNAVAILABLE", "node")
+            assert "is loading its model" in error.message
+            assert not port_file.exists()
+            process.send_signal(signal.SIGTERM)
+            code, errors = await asyncio.to_thread(finish, process, 10)
+            assert code == 0, errors
+            assert "stopped while loading the model" in errors
+
+    try:
+        run(test)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_what_keeps_a_node_from_starting_is_one_line_and_code_2(

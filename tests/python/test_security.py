@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import json
 import logging
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,30 @@ def test_tls_files_are_checked_at_start(tmp_path: Path) -> None:
         server_credentials(TlsFiles(tmp_path / "x.pem", tmp_path / "x.pem"))
     with pytest.raises(InvalidArgumentError, match="tls-ca: cannot be read"):
         channel_credentials(TlsFiles(ca=tmp_path / "absent"))
+
+
+def test_tls_files_that_only_look_right_are_named(tmp_path: Path) -> None:
+    one = certificate(tmp_path, "ca", "", None)
+    two = certificate(tmp_path, "two", "IP:127.0.0.1", "ca")
+    for kind in ("CERTIFICATE", "PRIVATE KEY"):
+        text = f"-----BEGIN {kind}-----\nAAAA\n-----END {kind}-----\n"
+        (tmp_path / f"{kind[:4]}.pem").write_text(text)
+    bad_cert, bad_key = tmp_path / "CERT.pem", tmp_path / "PRIV.pem"
+    locked = tmp_path / "locked.key"
+    command = ["openssl", "pkcs8", "-topk8", "-in", one.key, "-out", locked, "-passout", "pass:x"]
+    subprocess.run(command, check=True, capture_output=True)
+    for make, ca in ((server_credentials, "tls-client-ca"), (channel_credentials, "tls-ca")):
+        make(one)
+        make(two)
+        for files, field in (
+            (TlsFiles(bad_cert, one.key), "tls-cert"),
+            (TlsFiles(one.cert, bad_key), "tls-key"),
+            (TlsFiles(one.cert, two.key), "tls-key"),
+            (TlsFiles(one.cert, locked), "tls-key"),
+            (TlsFiles(one.cert, one.key, bad_cert), ca),
+            (TlsFiles(one.cert, one.key, bad_key), ca),
+        ):
+            with pytest.raises(InvalidArgumentError) as caught:
+                make(files)
+            assert caught.value.field == field
+            assert str(tmp_path) in caught.value.message
