@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -93,17 +94,23 @@ def test_a_store_that_fails_or_hangs_is_unavailable(
     def broken(revision: str) -> int:
         raise OSError(5, "Input/output error")
 
-    def slow(revision: str) -> int:
-        time.sleep(0.2)
+    returned = threading.Event()
+
+    def hanging(revision: str) -> int:
+        returned.wait(8)
         return 1
 
     store.size_bytes = broken  # type: ignore[method-assign]
     with pytest.raises(UnavailableError, match=r"store: .*Input/output error"):
         fetch(spec("sql", "a"), StoreSource(store))
     monkeypatch.setattr(sources, "STALL_S", 0.002)
-    store.size_bytes = slow  # type: ignore[method-assign]
+    store.size_bytes = hanging  # type: ignore[method-assign]
+    begin = time.monotonic()
     with pytest.raises(UnavailableError, match=r"store: took over 0.04 s"):
         fetch(spec("sql", "a"), StoreSource(store))
+    # The loop has been closed, as at the end of a process: nothing waited for the thread.
+    assert time.monotonic() - begin < 4
+    returned.set()
 
 
 # What must agree before it is used
