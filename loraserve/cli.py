@@ -15,7 +15,8 @@ FAILED = 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 where the command failed (one line on stderr says why), 2 for wrong words."""
     parser = argparse.ArgumentParser(
-        prog="loraserve", description="Multi-LoRA inference: commands for a cluster and its adapters."
+        prog="loraserve",
+        description="Multi-LoRA inference: commands for a cluster and its adapters.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (demo, generate, adapter, node, key):

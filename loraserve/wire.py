@@ -17,6 +17,9 @@ MAX_MESSAGE_BYTES = 4 << 20
 # Of a packed adapter, per message; well below the message limit.
 CHUNK_BYTES = 1 << 20
 
+# Initial metadata of an upload whose description was accepted.
+UPLOAD_ACCEPTED = (("loraserve-upload", "accepted"),)
+
 KEEPALIVE_TIME_MS = 1000
 KEEPALIVE_TIMEOUT_MS = 1000
 

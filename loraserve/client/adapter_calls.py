@@ -1,7 +1,8 @@
 """The adapters of a cluster: adding, changing, listing and removing them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from loraserve.client.messages import adapter_from_wire
 from loraserve.client.types import AdapterInfo
 from loraserve.errors import FailedPreconditionError, InvalidArgumentError
 from loraserve.v1 import adapter_pb2, adapter_pb2_grpc, common_pb2
-from loraserve.wire import CHUNK_BYTES
+from loraserve.wire import CHUNK_BYTES, UPLOAD_ACCEPTED
 
 AdapterFiles = str | Path | PackedAdapter
 """A PEFT directory, a packed file, or a packed adapter in memory."""
 
 CALL_TIMEOUT_S = 10.0
+_Upload = adapter_pb2.CreateAdapterRequest | adapter_pb2.UpdateAdapterRequest
+
 # The slowest upload that is waited for, beside the time of a call.
 _MIN_BYTES_PER_S = 1 << 20
 _PAGE_SIZE = 500
@@ -38,11 +41,11 @@ class AdapterCalls:
             raise FailedPreconditionError("controller", "this client knows nodes only")
         return adapter_pb2_grpc.AdapterServiceStub(self._channels.get(self._controller))
 
-    async def _call(self, method: str, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        call = getattr(self._stub(), method)
-        return await unary(
-            self._channels, call(request, timeout=timeout_s, metadata=self._channels.metadata)
+    async def _call(self, method: str, request: Any) -> Any:
+        call = getattr(self._stub(), method)(
+            request, timeout=CALL_TIMEOUT_S, metadata=self._channels.metadata
         )
+        return await unary(self._channels, call)
 
     async def add(
         self, name: str, source: AdapterFiles, *, base: str = "", allow_base_mismatch: bool = False
@@ -56,14 +59,8 @@ class AdapterCalls:
             allow_base_mismatch=allow_base_mismatch,
         )
 
-        async def parts() -> AsyncIterator[adapter_pb2.CreateAdapterRequest]:
-            yield adapter_pb2.CreateAdapterRequest(description=about)
-            for chunk in _pieces(packed.blob):
-                yield adapter_pb2.CreateAdapterRequest(chunk=chunk)
-
-        timeout_s = CALL_TIMEOUT_S + packed.size_bytes / _MIN_BYTES_PER_S
-        answer = await self._call("CreateAdapter", parts(), timeout_s)
-        return adapter_from_wire(answer.adapter)
+        first = adapter_pb2.CreateAdapterRequest(description=about)
+        return await self._upload("CreateAdapter", first, packed)
 
     async def update(
         self,
@@ -92,16 +89,33 @@ class AdapterCalls:
             allow_base_mismatch=allow_base_mismatch,
         )
 
-        async def parts() -> AsyncIterator[adapter_pb2.UpdateAdapterRequest]:
-            yield adapter_pb2.UpdateAdapterRequest(description=about)
-            for chunk in _pieces(packed.blob) if packed else ():
-                yield adapter_pb2.UpdateAdapterRequest(chunk=chunk)
+        first = adapter_pb2.UpdateAdapterRequest(description=about)
+        return await self._upload("UpdateAdapter", first, packed)
 
+    async def _upload(
+        self, method: str, first: _Upload, packed: PackedAdapter | None
+    ) -> AdapterInfo:
         size = packed.size_bytes if packed else 0
-        answer = await self._call(
-            "UpdateAdapter", parts(), CALL_TIMEOUT_S + size / _MIN_BYTES_PER_S
+        call = getattr(self._stub(), method)(
+            timeout=CALL_TIMEOUT_S + size / _MIN_BYTES_PER_S, metadata=self._channels.metadata
         )
-        return adapter_from_wire(answer.adapter)
+
+        async def send() -> Any:
+            await call.write(first)
+            # Without the controller's leave there is a refusal, and writing would lose the reason.
+            accepted = UPLOAD_ACCEPTED[0] in tuple(await call.initial_metadata())
+            if not accepted:
+                return await call
+            with contextlib.suppress(asyncio.InvalidStateError):  # the call has ended
+                for chunk in _pieces(packed.blob) if packed else ():
+                    await call.write(type(first)(chunk=chunk))
+                await call.done_writing()
+            return await call
+
+        try:
+            return adapter_from_wire((await unary(self._channels, call, send())).adapter)
+        finally:
+            call.cancel()
 
     async def get(self, name: str, *, base: str = "") -> AdapterInfo:
         request = adapter_pb2.GetAdapterRequest(adapter=_ref(name, base))

@@ -81,10 +81,10 @@ async def _cancelled_by_peer(call: Any) -> LoraServeError | None:
     return from_rpc_error(await_error)
 
 
-async def unary(channels: Channels, call: Awaitable[T]) -> T:
-    """The response of a call with one. Raises LoraServeError."""
+async def unary(channels: Channels, call: Any, work: Awaitable[T] | None = None) -> T:
+    """The response of a call with one, or what `work` makes of the call. Raises LoraServeError."""
     try:
-        return await call
+        return await (call if work is None else work)
     except asyncio.CancelledError:
         if channels.closed:
             raise closed() from None

@@ -86,11 +86,13 @@ class RequestRun:
 
     def _late(self) -> DeadlineExceededError:
         return DeadlineExceededError(
-            "timeout_s", f"{self._timeout_s:g} s have passed, {len(self._log.token_ids)} tokens came"
+            "timeout_s",
+            f"{self._timeout_s:g} s have passed, {len(self._log.token_ids)} tokens came",
         )
 
     async def _choose(self) -> NodeRoute:
-        """Raises UnavailableError where no node can be asked."""
+        """Raises UnavailableError where no node can be asked, NotFoundError for a base that none
+        serves."""
         site, watch = self._site, self._site.watch
         if watch is not None:
             await watch.first_table(min(self._left() or FIRST_TABLE_WAIT_S, FIRST_TABLE_WAIT_S))
@@ -111,7 +113,7 @@ class RequestRun:
                 RouteRequest(route.base, route.adapter, route.revision, route.prompt_tokens)
             )
         if node is None:
-            raise UnavailableError("nodes", self._no_node(route))
+            raise self._no_node(route)
         return node
 
     async def _wait_for_holder(self, watch: RouteWatch, route: RouteRequest) -> None:
@@ -128,13 +130,14 @@ class RequestRun:
             await watch.changed(left if own is None else min(left, own))
             self._left()
 
-    def _no_node(self, route: RouteRequest) -> str:
+    def _no_node(self, route: RouteRequest) -> LoraServeError:
         table = self._site.router.table
         if not table.nodes:
-            return "none has registered with the controller"
+            return UnavailableError("nodes", "none has registered with the controller")
         if route.base and route.base not in table.bases() | {""}:
-            return f"none serves {route.base!r}, but {', '.join(sorted(table.bases()))}"
-        return "all are draining"
+            bases = ", ".join(sorted(table.bases()))
+            return NotFoundError("base", f"no node serves {route.base!r}, but {bases}")
+        return UnavailableError("nodes", "all are draining")
 
     async def _attempt(self, node: NodeRoute) -> AsyncGenerator[Chunk, None]:
         left = self._left()

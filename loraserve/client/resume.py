@@ -100,7 +100,12 @@ class AnswerLog:
             return None
         self.finish_reason = "length"
         return Chunk(
-            len(self.token_ids), [], "", finish_reason="length", node_id=self.node_id, attempt=attempt
+            len(self.token_ids),
+            [],
+            "",
+            finish_reason="length",
+            node_id=self.node_id,
+            attempt=attempt,
         )
 
     def accept(self, response: inference_pb2.GenerateResponse) -> Chunk | None:

@@ -169,9 +169,7 @@ class Client:
         retry: RetryPolicy | None = None,
     ) -> None:
         """See AsyncClient."""
-        self._client = AsyncClient(
-            controller, nodes=nodes, api_key=api_key, tls=tls, retry=retry
-        )
+        self._client = AsyncClient(controller, nodes=nodes, api_key=api_key, tls=tls, retry=retry)
         self._loop = _LoopThread()
         self.adapters = SyncAdapterCalls(self._loop, self._client.adapters)
         """Adding, changing, listing and removing adapters."""

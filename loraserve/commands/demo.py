@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from rich.console import Console
 
 from loraserve.demo.show import DemoOptions, run
 from loraserve.errors import InvalidArgumentError
+
+_PLAIN_WIDTH = 110
 
 
 def add_parser(commands: Any) -> None:
@@ -23,6 +26,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--seconds", type=float, default=defaults.seconds, help="of requests")
     parser.add_argument("--rate", type=float, default=defaults.rate_per_s, help="requests/s")
+    parser.add_argument(
+        "--burst", type=int, default=defaults.burst, help="requests at once in the middle"
+    )
     parser.add_argument("--nodes", type=int, default=defaults.nodes)
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the requests")
     parser.add_argument("--json", action="store_true", help="the result as one object, last line")
@@ -31,16 +37,23 @@ def add_parser(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    if not (0 < arguments.seconds <= 86400 and 0 < arguments.rate <= 10000):
-        raise InvalidArgumentError("seconds", "seconds and rate must be over 0, up to a day, 10000")
+    if not 0 < arguments.seconds <= 86400:
+        raise InvalidArgumentError("seconds", f"{arguments.seconds} is not over 0, up to 86400")
+    if not 0 < arguments.rate <= 10000:
+        raise InvalidArgumentError("rate", f"{arguments.rate} is not over 0, up to 10000")
     if not 1 <= arguments.nodes <= 16:
         raise InvalidArgumentError("nodes", f"{arguments.nodes} is not within 1 and 16")
+    if not 0 <= arguments.burst <= 10000:
+        raise InvalidArgumentError("burst", f"{arguments.burst} is not within 0 and 10000")
     options = DemoOptions(
         seconds=arguments.seconds,
         rate_per_s=arguments.rate,
+        burst=arguments.burst,
         nodes=arguments.nodes,
         seed=arguments.seed,
         as_json=arguments.json,
         directory=arguments.directory,
     )
-    return 0 if asyncio.run(run(options, Console())).passed else 1
+    # Lines stay whole where no terminal says how long they may be.
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, soft_wrap=True)
+    return 0 if asyncio.run(run(options, console)).passed else 1

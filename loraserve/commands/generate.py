@@ -15,7 +15,9 @@ def add_parser(commands: Any) -> None:
     defaults = SamplingParams()
     parser.add_argument("prompt", help="text; - reads it from standard input")
     parser.add_argument("--adapter", help="default: the base model")
-    parser.add_argument("--base", default="", help="name of the base model, where there are several")
+    parser.add_argument(
+        "--base", default="", help="name of the base model, where there are several"
+    )
     parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=defaults.top_p)

@@ -31,7 +31,5 @@ def _doctor(arguments: argparse.Namespace) -> int:
         words = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("note", "yellow")}
         for check in checks:
             word, style = words[check.ok]
-            console.print(
-                Text.assemble((f"{word:>6}", style), f"  {check.name}: {check.detail}")
-            )
+            console.print(Text.assemble((f"{word:>6}", style), f"  {check.name}: {check.detail}"))
     return 1 if any(check.ok is False for check in checks) else 0

@@ -19,6 +19,7 @@ from loraserve.security import current_identity
 from loraserve.security.identity import check_base as check_base_name
 from loraserve.security.identity import check_name, check_revision
 from loraserve.v1 import adapter_pb2, adapter_pb2_grpc, common_pb2
+from loraserve.wire import UPLOAD_ACCEPTED
 from loraserve.wire_errors import typed_errors
 
 DEFAULT_PAGE = 100
@@ -48,6 +49,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         name = check_name("name", about.name)
         adapter = AdapterId(current_identity().tenant, self._base(about.base), name)
         self._registry.check_free(adapter)  # before the bytes, not only after them
+        await context.send_initial_metadata(UPLOAD_ACCEPTED)
         async with self._admission.receive(about.size_bytes, _chunks(requests)) as (path, facts):
             self._check_base(facts, adapter.base, about.allow_base_mismatch)
             spec = AdapterSpec(adapter, facts.revision, facts.size_bytes, facts.max_rank)
@@ -70,6 +72,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             record = await self._registry.update(earlier[0], None, expected)
         else:
             chunks = _chunks(requests)
+            await context.send_initial_metadata(UPLOAD_ACCEPTED)
             async with self._admission.receive(about.size_bytes, chunks) as (path, facts):
                 self._check_base(facts, known.adapter.base, about.allow_base_mismatch)
                 spec = AdapterSpec(known.adapter, facts.revision, facts.size_bytes, facts.max_rank)

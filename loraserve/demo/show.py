@@ -28,7 +28,9 @@ _LINE_S = 10.0
 @dataclass(frozen=True)
 class DemoOptions:
     seconds: float = 60.0
-    rate_per_s: float = 20.0
+    rate_per_s: float = 100.0
+    burst: int = 200
+    """Requests that come all at once in the middle."""
     nodes: int = 2
     seed: int = 0
     as_json: bool = False
@@ -83,7 +85,9 @@ async def _watched(
     with Live(console=console, auto_refresh=False) as screen:
         try:
             while True:
-                screen.update(view.live(progress, options.seconds, client.routes), refresh=True)
+                screen.update(
+                    view.live(progress, options.seconds, client.routes, console.width), refresh=True
+                )
                 await asyncio.sleep(_FRAME_S)
         finally:
             screen.update("", refresh=True)
@@ -91,11 +95,12 @@ async def _watched(
 
 async def run(options: DemoOptions, console: Console) -> Tally:
     """The whole demo. Raises LoraServeError where the cluster cannot start."""
-    due = arrivals(options.seconds, options.rate_per_s, seed=options.seed)
+    due = arrivals(options.seconds, options.rate_per_s, options.burst, seed=options.seed)
     progress = Progress(len(due))
     async with _running(options, console) as client:
         console.print(
-            f"{len(due)} requests in {options.seconds:g} s: Poisson arrivals, power-law popularity"
+            f"{len(due)} requests in {options.seconds:g} s: Poisson arrivals, power-law popularity "
+            f"of adapters, and {options.burst} requests at once in the middle"
         )
         watching = asyncio.create_task(_watched(client, progress, options, console))
         try:
@@ -113,7 +118,7 @@ async def run(options: DemoOptions, console: Console) -> Tally:
         progress.most_adapters,
         holders,
     )
-    console.print(view.summary(result))
+    console.print(view.summary(result, console.width))
     if options.as_json:
         console.file.flush()
         print(json.dumps(result.to_json()), flush=True)

@@ -9,13 +9,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from loraserve.client.route_table import RouteTable
 from loraserve.client.messages import residency_word
+from loraserve.client.route_table import RouteTable
 from loraserve.demo.replay import Outcome, Progress
 from loraserve.demo.skills import SKILLS
 from loraserve.demo.tally import Row, Tally
 
 _LATEST = 10
+# With names of adapters; below, the table goes without.
+_WIDE = 100
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -33,20 +35,23 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def rank_table(rows: Mapping[int, Row], whole: Row) -> Table:
-    """The table that the demo ends with."""
+def rank_table(rows: Mapping[int, Row], whole: Row, width: int) -> Table:
+    """The table that the demo ends with, for a screen of so many columns."""
     names: dict[int, list[str]] = {}
     for skill in SKILLS:
         names.setdefault(skill.rank, []).append(skill.name)
     table = Table(title="by rank; times in ms")
     table.add_column("rank", justify="right")
-    table.add_column("adapters")
+    wide = width >= _WIDE
+    if wide:
+        table.add_column("adapters")
     for column in ("requests", "correct", "TTFT p50", "TTFT p95", "TBT p50", "TBT p95"):
         table.add_column(column, justify="right")
     for rank, row in rows.items():
-        table.add_row(str(rank), ", ".join(names.get(rank, [])), *_cells(row))
+        adapters = [", ".join(names.get(rank, []))] if wide else []
+        table.add_row(str(rank), *adapters, *_cells(row))
     table.add_section()
-    table.add_row("all", "", *_cells(whole), style="bold")
+    table.add_row("all", *([""] if wide else []), *_cells(whole), style="bold")
     return table
 
 
@@ -82,7 +87,7 @@ def _answer_line(outcome: Outcome) -> Text:
     return line
 
 
-def live(progress: Progress, seconds: float, routes: RouteTable) -> RenderableType:
+def live(progress: Progress, seconds: float, routes: RouteTable, width: int) -> RenderableType:
     """One frame."""
     done, elapsed_s = progress.outcomes, progress.elapsed_s
     correct = sum(o.correct for o in done)
@@ -102,12 +107,12 @@ def live(progress: Progress, seconds: float, routes: RouteTable) -> RenderableTy
     )
     return Group(
         head,
-        Columns([rank_table(by_rank, Row.of(done)), latest]),
+        Columns([rank_table(by_rank, Row.of(done), width), latest]),
         holders_panels(holders(routes)),
     )
 
 
-def summary(result: Tally) -> RenderableType:
+def summary(result: Tally, width: int) -> RenderableType:
     """The end of the demo."""
     verdict = Text(
         "PASSED" if result.passed else "FAILED", "bold green" if result.passed else "bold red"
@@ -118,7 +123,7 @@ def summary(result: Tally) -> RenderableType:
         f"{result.most_in_flight} requests in flight over {result.most_adapters} adapters"
     )
     lines: list[RenderableType] = [
-        rank_table(result.rows, result.whole),
+        rank_table(result.rows, result.whole, width),
         holders_panels(result.holders),
         Text.assemble(verdict, ": ", facts),
     ]

@@ -26,19 +26,21 @@ def popularity(count: int, exponent: float) -> list[float]:
 
 
 def arrivals(
-    seconds: float, rate_per_s: float, exponent: float = 1.0, seed: int = 0
+    seconds: float, rate_per_s: float, burst: int = 0, exponent: float = 1.0, seed: int = 0
 ) -> list[Arrival]:
-    """Arrivals in [0, seconds), by time; the same for the same arguments. Which skills are popular
-    is drawn too, so that popularity does not follow rank."""
+    """Arrivals in [0, seconds), by time; the same for the same arguments. `burst` requests more
+    come all at once in the middle. Which skills are popular is drawn too, so that popularity does
+    not follow rank."""
     rng = random.Random(seed)
     skills = list(SKILLS)
     rng.shuffle(skills)
     shares = popularity(len(skills), exponent)
     words = held_out_words(_WORDS, seed)
-    found = []
+    times = [seconds / 2] * burst
     at_s = rng.expovariate(rate_per_s)
     while at_s < seconds:
-        (skill,) = rng.choices(skills, shares)
-        found.append(Arrival(at_s, skill, rng.choice(words)))
+        times.append(at_s)
         at_s += rng.expovariate(rate_per_s)
-    return found
+    return [
+        Arrival(at_s, rng.choices(skills, shares)[0], rng.choice(words)) for at_s in sorted(times)
+    ]

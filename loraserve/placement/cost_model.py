@@ -1,0 +1,89 @@
+"""What one engine step costs: linear in a few features of the step. Pure.
+
+The terms follow from what a step does: products over tokens, attention over contexts, adapters
+whose weights are read once each. `token_max_rank_s` is for engines that pad a batch to its
+largest rank; an engine whose cost follows each adapter's own rank has 0 there.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepLoad:
+    """One step's work. Counts are of tokens unless they say otherwise."""
+
+    prefill_tokens: float = 0.0
+    decode_tokens: float = 0.0
+    """One for each sequence that decodes."""
+    context_tokens: float = 0.0
+    """Sum over decoding sequences of their context lengths."""
+    chunk_context: float = 0.0
+    """Sum over prefill chunks of chunk tokens times mean context length while they are computed."""
+    token_ranks: float = 0.0
+    """Sum over tokens of their adapter's rank; a base-only token adds 0."""
+    token_max_rank: float = 0.0
+    """Tokens with an adapter, times the largest rank that the engine pads them to."""
+    adapters: float = 0.0
+    """Distinct adapters."""
+    adapter_bytes: float = 0.0
+    """Of the distinct adapters, as the engine reads them in one step."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds per unit of each feature of StepLoad; `step_s` for a step at all."""
+
+    step_s: float
+    prefill_token_s: float
+    decode_token_s: float
+    context_token_s: float = 0.0
+    chunk_context_s: float = 0.0
+    token_rank_s: float = 0.0
+    token_max_rank_s: float = 0.0
+    adapter_s: float = 0.0
+    adapter_byte_s: float = 0.0
+
+    def seconds(self, load: StepLoad) -> float:
+        """Of one step. A step without tokens costs nothing."""
+        if load.prefill_tokens + load.decode_tokens <= 0:
+            return 0.0
+        return (
+            self.step_s
+            + self.prefill_token_s * load.prefill_tokens
+            + self.decode_token_s * load.decode_tokens
+            + self.context_token_s * load.context_tokens
+            + self.chunk_context_s * load.chunk_context
+            + self.token_rank_s * load.token_ranks
+            + self.token_max_rank_s * load.token_max_rank
+            + self.adapter_s * load.adapters
+            + self.adapter_byte_s * load.adapter_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Slo:
+    """Of the 95th percentiles, seconds."""
+
+    ttft_p95_s: float = 5.0
+    tbt_p95_s: float = 0.150
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An engine on a device with a base model, as measured (`loraserve bench profile`) or derived
+    from published tables. Stored as JSON."""
+
+    name: str
+    base: str
+    device: str
+    cost: CostModel
+    max_batch_tokens: int
+    max_sequences: int
+    bytes_per_rank: int
+    """Of an adapter on all seven modules: its size is this times its rank."""
+    kv_tokens: int = 0
+    """Tokens that the KV cache holds beside no adapters; 0: not limited."""
+    padded: bool = False
+    """Whether the engine pads a batch's adapters to one rank."""
+    source: str = ""
+    """Where the numbers come from, coefficient by coefficient."""
