@@ -1,6 +1,7 @@
 """What the command lines of the daemons share."""
 
 import argparse
+import asyncio
 import contextlib
 import os
 from pathlib import Path
@@ -16,6 +17,14 @@ class DaemonParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(CANNOT_START, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+async def other_tasks_end(timeout_s: float = 1.0) -> None:
+    """To be awaited last. The tasks of calls that a server cancelled end a moment after it; cut off
+    by the end of the loop, gRPC would log each with a traceback."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=timeout_s)
 
 
 class PortFile:

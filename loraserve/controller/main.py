@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loraserve.controller.server import ControllerOptions, ControllerServer
 from loraserve.controller.state import Settings
-from loraserve.daemon import CANNOT_START, DaemonParser, PortFile
+from loraserve.daemon import CANNOT_START, DaemonParser, PortFile, other_tasks_end
 from loraserve.errors import LoraServeError
 from loraserve.placement.policies import DEFAULT_POLICY, POLICIES
 from loraserve.security import TlsFiles
@@ -97,6 +97,7 @@ async def _serve(server: ControllerServer, arguments: argparse.Namespace) -> Non
         await server.stop()
         port_file.remove()
         metrics_port_file.remove()
+        await other_tasks_end()
     _log.info("stopped")
 
 

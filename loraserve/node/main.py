@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraserve.daemon import CANNOT_START, DaemonParser, PortFile
+from loraserve.daemon import CANNOT_START, DaemonParser, PortFile, other_tasks_end
 from loraserve.errors import InvalidArgumentError, LoraServeError
 from loraserve.node.limits import Limits
 from loraserve.node.model import ModelOptions, device_of, open_model, read_adapter
@@ -182,6 +182,7 @@ async def _serve(server: NodeServer, arguments: argparse.Namespace) -> None:
         port_file.remove()
         metrics_port_file.remove()
         await server.stop()
+        await other_tasks_end()
     _log.info("stopped")
 
 

@@ -129,6 +129,7 @@ def test_a_node_from_its_start_to_sigterm(node: tuple[subprocess.Popen[str], Pat
         code, errors = await asyncio.to_thread(finish, process)
         assert code == 0, errors
         assert errors.splitlines()[-1].endswith("stopped"), errors
+        assert " ERROR " not in errors
         for said in ("no key file", f"node n1 serves on {address}", "transport: gRPC", "draining"):
             assert said in errors
 
