@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc.aio
 
+from loraserve.controller.admission import PackedFacts
 from loraserve.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -162,6 +163,12 @@ def read_fake(source: Blob) -> Packed:
     if len(set(data)) != 1:
         raise InvalidCheckpointError("chunk 0", "does not agree with the header")
     return FakePacked(chr(data[0]) * 64, len(data))
+
+
+def inspect_fake(path: Path) -> PackedFacts:
+    """Admission's view of the same."""
+    packed = read_fake(path)
+    return PackedFacts(packed.revision, BASE, packed.size_bytes, packed.max_rank)
 
 
 class FakeSource:
