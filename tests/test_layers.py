@@ -39,7 +39,7 @@ PYTHON_FLOORS: dict[str, set[str]] = (
     # The top: commands and the demo.
     | {"cli": GROUND | MIDDLE | UPPER | {"commands", "demo"}}
     | {"commands": GROUND | MIDDLE | UPPER | {"demo"}}
-    | {"demo": GROUND | MIDDLE | UPPER}
+    | {"demo": GROUND | MIDDLE | UPPER, "profiler": GROUND | MIDDLE}
 )
 PYTHON_FLOORS["__init__"] = GROUND | {"engine", "client"}
 # Pure parts: no RPC, no clock, no unseeded randomness, no disk.
