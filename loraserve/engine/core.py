@@ -218,7 +218,8 @@ class Engine:
         request.prompt = prompt_ids
         assign(request, "resumed_tokens", start_index, "start_index")
         request.params = native_params(params, end_ids)
-        assembler = Assembler(params, prompt_ids, self.tokenizer, end_ids)
+        resumed = max(0, min(start_index, len(prompt_ids)))
+        assembler = Assembler(params, prompt_ids, self.tokenizer, end_ids, resumed)
         mailbox = Mailbox(loop)
         with self._lock:
             if request_id in self._live:
