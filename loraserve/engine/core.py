@@ -113,6 +113,7 @@ class RequestHandle:
             prompt_logprobs=chunks[0].prompt_logprobs,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=chunks[0].cached_tokens,
+            queue_s=chunks[0].queue_s,
             revision=self.revision,
         )
 

@@ -61,6 +61,7 @@ async def refused(wait: Awaitable[Any]) -> LoraServeError:
 def test_an_answer_from_first_to_last_message() -> None:
     async def test() -> None:
         engine = FakeEngine()
+        engine.queue_s = 7.5
         async with serving(engine) as (server, channel):
             out = await answers(
                 channel, attempt=2, sampling={"max_tokens": 3, "seed": 11, "logprobs": 2}
@@ -77,6 +78,8 @@ def test_an_answer_from_first_to_last_message() -> None:
             assert out[0].load.total_pages == 100
             assert out[2].finish_reason == FINISH_REASON_LENGTH
             assert out[2].usage.completion_tokens == 3
+            # What the engine says, and the little that it took to get there.
+            assert 7_500_000 <= out[2].usage.queue_time_us < 8_500_000
             assert not len(server.node.requests)
             value = server.metrics.registry.get_sample_value
             assert value("loraserve_requests_total", {"code": "OK"}) == 1
@@ -408,11 +411,13 @@ def test_step_stream_is_not_offered_yet() -> None:
 
 def test_the_node_refuses_until_its_model_is_there() -> None:
     async def test() -> None:
+        import threading
+
         from fake_node import FACTS
+
         from loraserve.node.engine_api import LoadedModel
         from loraserve.node.server import NodeOptions, NodeServer
         from loraserve.wire import dial
-        import threading
 
         may_open = threading.Event()
 

@@ -34,7 +34,7 @@ struct PagedMatrix {
   const std::byte* base = nullptr;  // of the arena
   const uint32_t* pages = nullptr;  // one more readable past the last, for prefetching
   int page_shift = 0;               // log2 of the page's bytes
-  uint64_t offset = 0;  // of the matrix in the run of pages, bytes
+  uint64_t offset = 0;              // of the matrix in the run of pages, bytes
   bool bfloat16 = false;
   int64_t k = 0;
   int64_t columns = 0;  // stored: a multiple of 8
