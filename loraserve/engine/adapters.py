@@ -1,6 +1,7 @@
 """The adapters an engine has loaded, by name. Thread-safe."""
 
 import itertools
+import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from loraserve.checkpoint.packed_adapter import (
 )
 from loraserve.checkpoint.peft_adapter import read_arrays
 from loraserve.engine.assembly import typed_error
-from loraserve.engine.loading import adapter_modules
+from loraserve.engine.config import EngineConfig
+from loraserve.engine.loading import adapter_modules, installed_dtype
 from loraserve.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -24,6 +26,8 @@ from loraserve.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
+
+_log = logging.getLogger(__name__)
 
 AdapterInput: TypeAlias = str | Path | PackedAdapter | Mapping[str, Any]
 
@@ -59,22 +63,27 @@ def read_adapter(source: AdapterInput, config: Mapping[str, Any] | None) -> Pack
 class AdapterTable:
     """Names to loads. The engine keeps an unloaded adapter until its last request has ended."""
 
-    def __init__(self, engine: _engine.Engine, base_digest: str | None, base_name: str) -> None:
+    def __init__(self, engine: _engine.Engine, config: EngineConfig, base_digest: str) -> None:
         self._engine = engine
+        self._config = config
         self._base_digest = base_digest
-        self._base_name = base_name
         self._lock = threading.Lock()
         self._loads: dict[str, LoadedAdapter] = {}
         self._draining: dict[int, threading.Event] = {}
         self._ids = itertools.count(1)
 
     def _check_base(self, adapter: PackedAdapter) -> None:
-        digest = adapter.base_digest
-        if digest is not None and self._base_digest is not None and digest != self._base_digest:
+        digest, name = adapter.base_digest, self._config.base_name
+        if digest is not None and digest != self._base_digest:
             raise FailedPreconditionError(
                 "base",
                 f"the adapter was packed for base digest {digest}, this engine has "
                 f"{self._base_digest}",
+            )
+        # Of the same weights under another name, the weights count.
+        if digest is None and name and adapter.base_name and adapter.base_name != name:
+            raise FailedPreconditionError(
+                "base", f"the adapter was trained on {adapter.base_name!r}, this is {name!r}"
             )
 
     def load(
@@ -100,9 +109,21 @@ class AdapterTable:
                 name, engine_id, adapter.revision, adapter.max_rank, adapter.size_bytes
             )
             self._loads[name] = load
+            self._log_dtype(name, adapter)
             if known is not None:
                 self._drain(known)
             return load
+
+    def _log_dtype(self, name: str, adapter: PackedAdapter) -> None:
+        stored = {module.dtype for module in adapter.modules}
+        kept = installed_dtype(stored, self._config.adapter_dtype, self._config.device)
+        if stored != {kept}:
+            _log.info(
+                "adapter %s is stored as %s and installed as %s",
+                name,
+                "+".join(sorted(stored)),
+                kept,
+            )
 
     def _drain(self, load: LoadedAdapter) -> threading.Event:
         drained = self._draining[load.engine_id] = threading.Event()

@@ -130,7 +130,7 @@ class Engine:
         self.config = config
         self.model_config = read_model_config(model_path)
         weights = open_model_weights(model_path, self.model_config)
-        self.base_digest: str | None = weights.digest
+        self.base_digest: str = weights.digest
         self.weight_dtype = weight_dtype(config.weight_dtype, weights)
         self.tokenizer: Tokenizer | None = None
         if (model_path / "tokenizer.json").exists():
@@ -146,7 +146,7 @@ class Engine:
         if self.tokenizer is not None:
             end_ids.update(self.tokenizer.eos_ids)
         self._end_ids = frozenset(i for i in end_ids if i < self.model_config.vocab_size)
-        self._table = AdapterTable(self._native, self.base_digest, model_path.name)
+        self._table = AdapterTable(self._native, config, self.base_digest)
         self._delivery = Delivery(self._native, self._table.removed)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()

@@ -1,11 +1,13 @@
 """From a checkpoint's mapped tensors to the C++ engine's views of them."""
 
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from loraserve import _engine
+from loraserve.checkpoint.adapter_source import check_finite
 from loraserve.checkpoint.model_config import ModelConfig, inverse_frequencies
 from loraserve.checkpoint.model_weights import ModelWeights
 from loraserve.checkpoint.packed_adapter import PackedAdapter
@@ -32,7 +34,13 @@ def engine_model_config(config: ModelConfig) -> _engine.ModelConfig:
 
 
 def _matrix(view: TensorView) -> _engine.HostMatrix:
-    return _engine.HostMatrix(np.ascontiguousarray(view.data))
+    check_finite(f"tensor {view.name!r}", view.data, view.dtype)
+    return _engine.HostMatrix(_readable(view.data))
+
+
+def _readable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Contiguous and aligned, as C++ reads it; a copy only where the file left it unaligned."""
+    return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 
 def _optional(view: TensorView | None) -> _engine.HostMatrix | None:
@@ -40,7 +48,10 @@ def _optional(view: TensorView | None) -> _engine.HostMatrix | None:
 
 
 def engine_weights(weights: ModelWeights) -> _engine.ModelWeights:
-    """Views only: `weights` must live until the engine is built."""
+    """Views only: `weights` must live until the engine is built.
+
+    Raises InvalidCheckpointError naming a tensor that holds NaN or infinity.
+    """
     out = _engine.ModelWeights()
     out.embed_tokens = _matrix(weights.embed_tokens)
     out.final_norm = _matrix(weights.final_norm)
@@ -64,4 +75,14 @@ def weight_dtype(choice: str, weights: ModelWeights) -> str:
 
 def adapter_modules(adapter: PackedAdapter) -> list[AdapterModuleTuple]:
     """(layer, module, rank, scaling, A [rank, in], B transposed [rank, out]) of each module."""
-    return [(m.layer, m.module, m.rank, m.scaling, m.a, m.b_transposed) for m in adapter.modules]
+    return [
+        (m.layer, m.module, m.rank, m.scaling, _readable(m.a), _readable(m.b_transposed))
+        for m in adapter.modules
+    ]
+
+
+def installed_dtype(stored: Set[str], choice: str, device: str) -> str:
+    """What an adapter stored in these dtypes becomes in pages, in the words of safetensors."""
+    if choice != "auto":
+        return {"float32": "F32", "bfloat16": "BF16"}[choice]
+    return "BF16" if device != "cpu" or stored == {"BF16"} else "F32"
