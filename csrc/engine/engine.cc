@@ -12,6 +12,7 @@ namespace loraserve {
 namespace {
 
 constexpr int64_t kMaxLogitRows = 64;
+constexpr uint64_t kMaxPageBytes = 1 << 30;
 
 // The largest page from 64 down to 16 KiB that wastes at most an eighth of a KV block, else the one
 // that wastes least. Large pages keep an adapter's tiles long: docs/decisions/0002-page-size.md.
@@ -48,6 +49,11 @@ Status CheckLimits(const EngineConfig& config) {
   if (config.block_size % 16 != 0) {
     return Status(StatusCode::kInvalidArgument,
                   "block_size: " + std::to_string(config.block_size) + " is not a multiple of 16");
+  }
+  if (config.page_bytes > kMaxPageBytes) {
+    return Status(StatusCode::kInvalidArgument, "page_bytes: " + std::to_string(config.page_bytes) +
+                                                    " is more than " +
+                                                    std::to_string(kMaxPageBytes));
   }
   return Status();
 }

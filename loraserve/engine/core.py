@@ -136,10 +136,10 @@ class Engine:
         if (model_path / "tokenizer.json").exists():
             self.tokenizer = Tokenizer.from_directory(model_path)
         native = native_config(config, self.weight_dtype)
+        shape = engine_model_config(self.model_config)
         try:
-            self._native = _engine.Engine(
-                native, engine_model_config(self.model_config), engine_weights(weights)
-            )
+            with engine_weights(weights) as views:
+                self._native = _engine.Engine(native, shape, views)
         except _engine.StatusError as error:
             raise typed_error(*error.args) from None
         end_ids = set(self.model_config.eos_token_ids)
