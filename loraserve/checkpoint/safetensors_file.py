@@ -18,6 +18,7 @@ from loraserve.errors import InvalidCheckpointError, UnsupportedError
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 1 << 48
 
 # bfloat16 has no NumPy dtype: its bits are viewed as uint16.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -75,6 +76,9 @@ def _parse_entry(name: str, entry: Any) -> _Entry:
         raise InvalidCheckpointError(field, "shape is not a list of non-negative integers")
     if len(shape) > MAX_DIMENSIONS:
         raise InvalidCheckpointError(field, f"{len(shape)} dimensions, limit {MAX_DIMENSIONS}")
+    # Also where a dimension of 0 makes the tensor empty: NumPy cannot describe larger ones.
+    if prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise InvalidCheckpointError(field, f"shape of more than {MAX_ELEMENTS} elements")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
         raise InvalidCheckpointError(field, "data_offsets are not two non-negative integers")
     begin, end = offsets
