@@ -3,8 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <memory>
+#include <fstream>
 
 namespace loraserve {
 
@@ -12,10 +11,9 @@ namespace {
 
 // A file that holds one number; UINT64_MAX where there is none ("max" among the reasons).
 uint64_t ReadNumber(const char* path) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path, "re"), &std::fclose);
-  unsigned long long value = 0;
-  if (file == nullptr || std::fscanf(file.get(), "%llu", &value) != 1) return UINT64_MAX;
-  return value;
+  std::ifstream file(path);
+  uint64_t value = 0;
+  return file >> value ? value : UINT64_MAX;
 }
 
 }  // namespace
