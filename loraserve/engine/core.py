@@ -4,13 +4,13 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from loraserve import _engine
 from loraserve.checkpoint.model_config import read_model_config
 from loraserve.checkpoint.model_weights import open_model_weights
+from loraserve.engine import arguments
 from loraserve.engine.adapters import AdapterInput, AdapterTable, LoadedAdapter, read_adapter
 from loraserve.engine.assembly import Assembler, Chunk, Completion, typed_error
 from loraserve.engine.config import EngineConfig
@@ -126,15 +126,16 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        model_path = Path(config.model)
+        model_path = arguments.directory("model", config.model)
         self.config = config
-        self.model_config = read_model_config(model_path)
-        weights = open_model_weights(model_path, self.model_config)
+        self.tokenizer: Tokenizer | None = None
+        with arguments.reading("model"):
+            self.model_config = read_model_config(model_path)
+            weights = open_model_weights(model_path, self.model_config)
+            if (model_path / "tokenizer.json").exists():
+                self.tokenizer = Tokenizer.from_directory(model_path)
         self.base_digest: str = weights.digest
         self.weight_dtype = weight_dtype(config.weight_dtype, weights)
-        self.tokenizer: Tokenizer | None = None
-        if (model_path / "tokenizer.json").exists():
-            self.tokenizer = Tokenizer.from_directory(model_path)
         native = native_config(config, self.weight_dtype)
         shape = engine_model_config(self.model_config)
         try:
@@ -169,7 +170,9 @@ class Engine:
         names to arrays (DLPack) with its `config`. Loading what is loaded already changes nothing;
         another revision needs `replace`: requests in flight end on the old one.
         """
-        adapter = read_adapter(source, config)
+        arguments.text("adapter", name)
+        with arguments.reading("adapter"):
+            adapter = read_adapter(source, config)
         load = self._table.load(
             name, adapter, replace=replace, allow_base_mismatch=allow_base_mismatch
         )
@@ -205,15 +208,17 @@ class Engine:
         """
         params = params or SamplingParams()
         prompt_ids = self.encode(prompt)
-        load = None if adapter is None else self._table.get(adapter)
+        timeout = arguments.seconds("timeout_s", timeout_s)
+        tenant = arguments.text("tenant", tenant)
+        load = None if adapter is None else self._table.get(arguments.text("adapter", adapter))
         engine_id = next(self._ids)
-        request_id = request_id or f"request-{engine_id}"
+        request_id = arguments.text("request_id", request_id or f"request-{engine_id}")
         request = _engine.Request()
         request.id = engine_id
         request.adapter = 0 if load is None else load.engine_id
         request.cache_namespace = f"{tenant}\0{load.revision if load else ''}"
         assign(request, "priority", priority)
-        end_ids = frozenset(params.stop_token_ids)
+        end_ids = frozenset(arguments.integers("stop_token_ids", params.stop_token_ids))
         if not params.ignore_eos:
             end_ids |= self._end_ids
         request.prompt = prompt_ids
@@ -227,7 +232,7 @@ class Engine:
             self._live.add(request_id)
         try:
             self._delivery.register(engine_id, mailbox)
-            self._native.submit(request, timeout_s or 0.0)
+            self._native.submit(request, timeout)
         except _engine.StatusError as error:
             self._ended(engine_id, request_id)
             raise typed_error(*error.args) from None
@@ -292,10 +297,7 @@ class Engine:
             if self.tokenizer is None:
                 raise InvalidArgumentError("prompt", "is text, but there is no tokenizer")
             return self.tokenizer.encode(prompt)
-        ids = list(prompt)
-        if not all(isinstance(i, int) and -(2**31) <= i < 2**31 for i in ids):
-            raise InvalidArgumentError("prompt", "token ids must be 32-bit integers")
-        return ids
+        return arguments.integers("prompt", prompt)
 
     def _abort(self, engine_id: int) -> None:
         self._native.abort(engine_id)
