@@ -22,6 +22,7 @@ NAME = "llama"
     ("option", "value"),
     [
         ("device", "tpu"),
+        ("isa", "x86-64-v9"),
         ("weight_dtype", "int3"),
         ("adapter_dtype", "float64"),
         ("memory_bytes", 1),

@@ -190,6 +190,17 @@ def test_the_time_in_the_queue_is_told() -> None:
         assert 0.0 <= alone.queue_s < 0.5 * ended + 0.05
 
 
+def test_tenants_do_not_share_prefixes(engine: Engine) -> None:
+    """Or one could measure what another has asked."""
+    prompt = [token % 250 for token in range(3, 60)]
+
+    def cached(tenant: str) -> int:
+        handle = engine.submit(prompt, greedy(max_tokens=1), tenant=tenant)
+        return handle.result(TIMEOUT_S).cached_tokens
+
+    assert [cached("a"), cached("a"), cached("b"), cached("b")] == [0, 48, 0, 48]
+
+
 def test_leaving_a_stream_ends_its_request(engine: Engine) -> None:
     async def leave() -> int:
         count = 0
