@@ -4,12 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
-#include <cstring>
 #include <memory>
 
 #include "backend/registry.h"
 #include "base/check.h"
+#include "bindings/device_array.h"
 #include "bindings/host_array.h"
 #include "bindings/raise.h"
 #include "bindings/testing.h"
@@ -19,7 +18,6 @@ namespace py = pybind11;
 namespace loraserve {
 namespace {
 
-using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 // layer, module, A, B transposed, scaling
 using ModuleTuple = std::tuple<int, int, py::array, py::array, float>;
 
@@ -57,7 +55,8 @@ class BackendOps {
              .threads = threads,
              .adapter_dtype =
                  adapter_dtype ? std::optional(ParseDType(*adapter_dtype)) : std::nullopt,
-             .isa = isa}))) {}
+             .isa = isa}))),
+        arrays_(backend_.get()) {}
 
   std::string name() const { return backend_->name(); }
 
@@ -67,42 +66,42 @@ class BackendOps {
                   const std::optional<FloatArray>& y0) {
     const auto weight = Prepare(parts, bias, dtype);
     const int64_t columns = weight->out_features();
-    const Activation in = Upload(x);
-    const Activation out = y0 ? Upload(*y0) : Empty(x.shape(0), columns);
+    const Activation in = arrays_.Upload(x);
+    const Activation out = y0 ? arrays_.Upload(*y0) : arrays_.Empty(x.shape(0), columns);
     backend_->Gemm(nullptr, in.tensor, *weight, y0.has_value(), out.tensor);
-    return Download(out);
+    return arrays_.Download(out);
   }
 
   FloatArray Embed(const py::array& table, const std::string& dtype,
                    const std::vector<int32_t>& ids) {
     const auto weight = Prepare({table}, {}, dtype);
-    const Activation out = Empty(static_cast<int64_t>(ids.size()), weight->in_features());
+    const Activation out = arrays_.Empty(static_cast<int64_t>(ids.size()), weight->in_features());
     backend_->BeginStep(nullptr, {.token_ids = ids});
     backend_->Embed(nullptr, *weight, out.tensor);
-    return Download(out);
+    return arrays_.Download(out);
   }
 
   FloatArray RmsNorm(const FloatArray& x, const std::vector<float>& weight, int64_t group,
                      float eps, bool in_place) {
     const auto vector = Unwrap(backend_->PrepareVector(weight));
-    const Activation in = Upload(x);
-    const Activation out = in_place ? in : Empty(x.shape(0), x.shape(1));
+    const Activation in = arrays_.Upload(x);
+    const Activation out = in_place ? in : arrays_.Empty(x.shape(0), x.shape(1));
     backend_->RmsNorm(nullptr, in.tensor, *vector, group, eps, out.tensor);
-    return Download(out);
+    return arrays_.Download(out);
   }
 
   FloatArray SiluMul(const FloatArray& gate_up) {
-    const Activation in = Upload(gate_up);
-    const Activation out = Empty(gate_up.shape(0), gate_up.shape(1) / 2);
+    const Activation in = arrays_.Upload(gate_up);
+    const Activation out = arrays_.Empty(gate_up.shape(0), gate_up.shape(1) / 2);
     backend_->SiluMul(nullptr, in.tensor, out.tensor);
-    return Download(out);
+    return arrays_.Download(out);
   }
 
   FloatArray GatherRows(const FloatArray& x, const std::vector<int32_t>& rows) {
-    const Activation in = Upload(x);
-    const Activation out = Empty(static_cast<int64_t>(rows.size()), x.shape(1));
+    const Activation in = arrays_.Upload(x);
+    const Activation out = arrays_.Empty(static_cast<int64_t>(rows.size()), x.shape(1));
     backend_->GatherRows(nullptr, in.tensor, rows, out.tensor);
-    return Download(out);
+    return arrays_.Download(out);
   }
 
   // Causal attention over rotated q and k. `qkv`: for each sequence [layers, tokens, q | k | v];
@@ -145,13 +144,13 @@ class BackendOps {
     for (const auto& [layer, module, column] : targets) {
       wanted.push_back({layer, static_cast<LinearModule>(module), column});
     }
-    const Activation in = Upload(x);
-    const Activation out = Upload(y0);
+    const Activation in = arrays_.Upload(x);
+    const Activation out = arrays_.Upload(y0);
     const auto floats = static_cast<uint64_t>(backend_->LoraScratch(rows, wanted));
     const auto h = Unwrap(backend_->Allocate(std::max<uint64_t>(floats, 1) * sizeof(float)));
     backend_->LoraShrink(nullptr, in.tensor, rows, wanted, h->data());
     backend_->LoraExpand(nullptr, h->data(), rows, wanted, out.tensor);
-    return Download(out);
+    return arrays_.Download(out);
   }
 
   // (bytes of the pages that the adapter takes, bytes of its weights in them).
@@ -174,7 +173,7 @@ class BackendOps {
       row.logit_bias = from.bias;
       row.mask = from.mask_words;
     }
-    const Activation in = Upload(logits);
+    const Activation in = arrays_.Upload(logits);
     std::vector<SampleResult> results(rows.size());
     backend_->Sample(nullptr, in.tensor, rows, results);
     std::vector<std::tuple<int32_t, float, std::vector<std::pair<int32_t, float>>>> out;
@@ -185,63 +184,12 @@ class BackendOps {
   }
 
  private:
-  struct Activation {
-    std::shared_ptr<Buffer> buffer;
-    Tensor tensor;
-  };
-
   std::unique_ptr<PreparedWeight> Prepare(const std::vector<py::array>& parts,
                                           const std::vector<float>& bias,
                                           const std::string& dtype) {
     std::vector<HostMatrix> matrices;
     for (const py::array& part : parts) matrices.push_back(ViewOf(part));
     return Unwrap(backend_->PrepareWeight(matrices, bias, ParseDType(dtype)));
-  }
-
-  // Everything starts as NaN: what an operation should not read would show.
-  Activation Empty(int64_t rows, int64_t cols) {
-    const int64_t stride = backend_->RowStride(cols);
-    const FloatArray none(std::vector<py::ssize_t>{rows, 0});
-    return Fill(none, rows, cols, stride);
-  }
-
-  Activation Upload(const FloatArray& array) {
-    return Fill(array, array.shape(0), array.shape(1), backend_->RowStride(array.shape(1)));
-  }
-
-  Activation Fill(const FloatArray& array, int64_t rows, int64_t cols, int64_t stride) {
-    const bool f32 = backend_->activation_dtype() == DType::kF32;
-    const auto count = static_cast<size_t>(rows * stride);
-    std::vector<float> floats(count, NAN);
-    for (int64_t row = 0; row < rows; ++row) {
-      std::copy_n(array.data() + row * array.shape(1), array.shape(1),
-                  floats.begin() + row * stride);
-    }
-    std::vector<uint16_t> halves;
-    if (!f32) {
-      for (const float value : floats) halves.push_back(F32ToBF16(value));
-    }
-    const void* const host = f32 ? static_cast<const void*>(floats.data()) : halves.data();
-    const uint64_t bytes = count * (f32 ? sizeof(float) : sizeof(uint16_t));
-    std::shared_ptr<Buffer> buffer = Unwrap(backend_->Allocate(bytes));
-    backend_->CopyToDevice(nullptr, host, buffer->data(), bytes);
-    backend_->Synchronize(nullptr);
-    return {buffer, {buffer->data(), rows, cols, stride}};
-  }
-
-  FloatArray Download(const Activation& from) {
-    const Tensor& t = from.tensor;
-    const bool f32 = backend_->activation_dtype() == DType::kF32;
-    const auto count = static_cast<size_t>(t.rows * t.stride);
-    std::vector<uint8_t> host(count * (f32 ? sizeof(float) : sizeof(uint16_t)));
-    backend_->CopyToHost(nullptr, t.data, host.data(), host.size());
-    backend_->Synchronize(nullptr);
-    const HostMatrix matrix{host.data(), f32 ? DType::kF32 : DType::kBF16, t.rows, t.stride};
-    FloatArray out({t.rows, t.cols});
-    for (int64_t row = 0; row < t.rows; ++row) {
-      for (int64_t col = 0; col < t.cols; ++col) out.mutable_at(row, col) = matrix.at(row, col);
-    }
-    return out;
   }
 
   // Binds an arena and deals its pages to the sequences in turn, so that no run is contiguous.
@@ -280,8 +228,8 @@ class BackendOps {
           static_cast<int32_t>(pages.size()) / layout.pages_per_block * layout.block_size;
       const std::vector<int32_t> positions(static_cast<size_t>(tokens));
       const SequenceSpan span{.row_begin = 0, .row_count = tokens, .context_length = tokens};
-      const Activation in =
-          Empty(tokens, int64_t{layout.num_heads + 2 * layout.num_kv_heads} * layout.head_dim);
+      const Activation in = arrays_.Empty(
+          tokens, int64_t{layout.num_heads + 2 * layout.num_kv_heads} * layout.head_dim);
       backend_->BeginStep(nullptr, {.token_ids = positions,
                                     .positions = positions,
                                     .sequences = {&span, 1},
@@ -326,11 +274,11 @@ class BackendOps {
       each([&](size_t s, int token, int64_t row) {
         std::copy_n(qkv[s].data(layer, token, 0), in.shape(1), in.mutable_data(row, 0));
       });
-      const Activation x = Upload(in);
-      const Activation y = Empty(rows, int64_t{layout.num_heads} * layout.head_dim);
+      const Activation x = arrays_.Upload(in);
+      const Activation y = arrays_.Empty(rows, int64_t{layout.num_heads} * layout.head_dim);
       backend_->RopeAndStoreKv(nullptr, layer, x.tensor);
       backend_->PagedAttention(nullptr, layer, x.tensor, window, y.tensor);
-      const FloatArray result = Download(y);
+      const FloatArray result = arrays_.Download(y);
       each([&](size_t s, int token, int64_t row) {
         std::copy_n(result.data(row, 0), result.shape(1), out[s].mutable_data(layer, token, 0));
       });
@@ -365,6 +313,7 @@ class BackendOps {
   }
 
   std::unique_ptr<Backend> backend_;
+  DeviceArrays arrays_;
   std::vector<std::vector<PageId>> pages_;  // of each sequence
 };
 
