@@ -76,15 +76,15 @@ def _parse_entry(name: str, entry: Any) -> _Entry:
         raise InvalidCheckpointError(field, "shape is not a list of non-negative integers")
     if len(shape) > MAX_DIMENSIONS:
         raise InvalidCheckpointError(field, f"{len(shape)} dimensions, limit {MAX_DIMENSIONS}")
-    # Also where a dimension of 0 makes the tensor empty: NumPy cannot describe larger ones.
-    if prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
-        raise InvalidCheckpointError(field, f"shape of more than {MAX_ELEMENTS} elements")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
         raise InvalidCheckpointError(field, "data_offsets are not two non-negative integers")
     begin, end = offsets
     # Python integers do not overflow, so the product of a hostile shape is exact.
     if end - begin != prod(shape) * DTYPES[dtype].itemsize:
         raise InvalidCheckpointError(field, "shape, dtype and data_offsets disagree")
+    # A dimension of 0 makes the tensor empty, but NumPy counts the others.
+    if prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise InvalidCheckpointError(field, f"shape of more than {MAX_ELEMENTS} elements")
     return _Entry(name, dtype, tuple(shape), begin, end)
 
 
