@@ -1,9 +1,10 @@
 """The adapters an engine has loaded, by name. Thread-safe."""
 
+import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -61,12 +62,17 @@ def read_adapter(source: AdapterInput, config: Mapping[str, Any] | None) -> Pack
 
 
 class AdapterTable:
-    """Names to loads. The engine keeps an unloaded adapter until its last request has ended."""
+    """Names to loads. The engine keeps an unloaded adapter until its last request has ended.
+
+    Changes wait for the engine's current step, so they have a lock of their own: `_lock`, which
+    every request takes, is held for moments only.
+    """
 
     def __init__(self, engine: _engine.Engine, config: EngineConfig, base_digest: str) -> None:
         self._engine = engine
         self._config = config
         self._base_digest = base_digest
+        self._changes = threading.Lock()  # taken before _lock
         self._lock = threading.Lock()
         self._loads: dict[str, LoadedAdapter] = {}
         self._draining: dict[int, threading.Event] = {}
@@ -94,7 +100,7 @@ class AdapterTable:
             raise InvalidArgumentError("adapter", "needs a name")
         if not allow_base_mismatch:
             self._check_base(adapter)
-        with self._lock:
+        with self._changes:
             known = self._loads.get(name)
             if known is not None and known.revision == adapter.revision:
                 return known
@@ -108,7 +114,8 @@ class AdapterTable:
             load = LoadedAdapter(
                 name, engine_id, adapter.revision, adapter.max_rank, adapter.size_bytes
             )
-            self._loads[name] = load
+            with self._lock:
+                self._loads[name] = load
             self._log_dtype(name, adapter)
             if known is not None:
                 self._drain(known)
@@ -126,14 +133,21 @@ class AdapterTable:
             )
 
     def _drain(self, load: LoadedAdapter) -> threading.Event:
-        drained = self._draining[load.engine_id] = threading.Event()
-        self._engine.remove_adapter(load.engine_id)
+        drained = threading.Event()
+        with self._lock:
+            self._draining[load.engine_id] = drained
+        try:
+            self._engine.remove_adapter(load.engine_id)
+        except _engine.StatusError as error:  # the engine has stopped
+            self.removed([load.engine_id])
+            raise typed_error(*error.args) from None
         return drained
 
     def unload(self, name: str, timeout_s: float | None) -> None:
         """New requests are refused at once; returns when the last running one has ended."""
-        with self._lock:
-            load = self._loads.pop(name, None)
+        with self._changes:
+            with self._lock:
+                load = self._loads.pop(name, None)
             if load is None:
                 raise NotFoundError("adapter", f"{name!r} is not loaded")
             drained = self._drain(load)
@@ -150,13 +164,24 @@ class AdapterTable:
                 if drained is not None:
                     drained.set()
 
-    def get(self, name: str) -> LoadedAdapter:
-        """Raises NotFoundError."""
+    def closed(self) -> None:
+        """The engine has stopped: nothing is in use any more."""
+        with self._lock:
+            draining = list(self._draining)
+        self.removed(draining)
+
+    @contextlib.contextmanager
+    def using(self, name: str | None) -> Iterator[LoadedAdapter | None]:
+        """The load to submit a request with, inside the block: so the engine gets the request
+        before it is told to let this load go. None is the base model. Raises NotFoundError."""
+        if name is None:
+            yield None
+            return
         with self._lock:
             load = self._loads.get(name)
-        if load is None:
-            raise NotFoundError("adapter", f"{name!r} is not loaded")
-        return load
+            if load is None:
+                raise NotFoundError("adapter", f"{name!r} is not loaded")
+            yield load
 
     def loads(self) -> list[LoadedAdapter]:
         """By name."""

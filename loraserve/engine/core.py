@@ -210,13 +210,11 @@ class Engine:
         prompt_ids = self.encode(prompt)
         timeout = arguments.seconds("timeout_s", timeout_s)
         tenant = arguments.text("tenant", tenant)
-        load = None if adapter is None else self._table.get(arguments.text("adapter", adapter))
+        adapter = None if adapter is None else arguments.text("adapter", adapter)
         engine_id = next(self._ids)
         request_id = arguments.text("request_id", request_id or f"request-{engine_id}")
         request = _engine.Request()
         request.id = engine_id
-        request.adapter = 0 if load is None else load.engine_id
-        request.cache_namespace = f"{tenant}\0{load.revision if load else ''}"
         assign(request, "priority", priority)
         end_ids = frozenset(arguments.integers("stop_token_ids", params.stop_token_ids))
         if not params.ignore_eos:
@@ -231,12 +229,15 @@ class Engine:
                 raise AlreadyExistsError("request_id", f"{request_id!r} is in use")
             self._live.add(request_id)
         try:
-            self._delivery.register(engine_id, mailbox)
-            self._native.submit(request, timeout)
+            with self._table.using(adapter) as load:
+                request.adapter = load.engine_id if load else 0
+                request.cache_namespace = f"{tenant}\0{load.revision if load else ''}"
+                self._delivery.register(engine_id, mailbox)
+                self._native.submit(request, timeout)
         except _engine.StatusError as error:
             self._ended(engine_id, request_id)
             raise typed_error(*error.args) from None
-        except LoraServeError:
+        except BaseException:
             self._ended(engine_id, request_id)
             raise
         return RequestHandle(self, engine_id, request_id, mailbox, assembler, load, len(prompt_ids))
@@ -322,6 +323,7 @@ class Engine:
         """Ends the engine after its current step; waiting callers get UnavailableError."""
         self._native.stop()
         self._delivery.join()
+        self._table.closed()
 
     def __enter__(self) -> "Engine":
         return self

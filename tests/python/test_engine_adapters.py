@@ -222,6 +222,89 @@ def test_loading_again_changes_nothing(engine: Engine, store: OracleStore) -> No
     assert engine.adapters() == [before]
 
 
+class Between:
+    """The C++ engine, with something done just before a call of `method` goes on."""
+
+    def __init__(self, native: Any, method: str, act: Any) -> None:
+        self._native, self._method, self._act = native, method, act
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._native, name)
+        if name != self._method:
+            return found
+
+        def call(*args: Any) -> Any:
+            self._act()
+            return found(*args)
+
+        return call
+
+
+def test_a_replacement_in_the_middle_of_a_submission(engine: Engine, store: OracleStore) -> None:
+    """The request was given the old load; the engine must not let that go before it has come."""
+    old = engine.load_adapter("a", store.adapters(NAME)["r8"])
+    replacer = threading.Thread(
+        target=engine.load_adapter,
+        args=("a", store.adapters(NAME)["r16"]),
+        kwargs={"replace": True},
+    )
+    native: Any = engine._native
+
+    def replace_now() -> None:
+        replacer.start()
+        replacer.join(0.3)
+
+    engine._native = Between(native, "submit", replace_now)  # type: ignore[assignment]
+    handle = engine.submit([1, 2], GREEDY, "a")
+    engine._native = native
+    answer = handle.result(TIMEOUT_S)
+    assert (answer.revision, len(answer.token_ids)) == (old, 6)
+    replacer.join(TIMEOUT_S)
+    assert engine.submit([1, 2], GREEDY, "a").result(TIMEOUT_S).revision != old
+
+
+def test_requests_do_not_wait_for_an_adapter_that_loads(engine: Engine, store: OracleStore) -> None:
+    """Event loops submit: what takes as long as a step must not keep them."""
+    engine.load_adapter("a", store.adapters(NAME)["r8"])
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        assert go_on.wait(TIMEOUT_S)
+
+    table: Any = engine._table
+    table._engine = Between(table._engine, "add_adapter", hold)
+    loader = threading.Thread(target=engine.load_adapter, args=("b", store.adapters(NAME)["r16"]))
+    loader.start()
+    assert entered.wait(TIMEOUT_S)
+    for name in ("a", None):
+        assert len(engine.submit([1, 2], GREEDY, name).result(5.0).token_ids) == 6
+    with pytest.raises(NotFoundError):
+        engine.submit([1], GREEDY, "b")
+    go_on.set()
+    loader.join(TIMEOUT_S)
+    assert len(engine.submit([1, 2], GREEDY, "b").result(TIMEOUT_S).token_ids) == 6
+
+
+def test_closing_ends_an_unloading_that_waits(store: OracleStore) -> None:
+    engine = open_engine(store)
+    for name in ("a", "b"):
+        engine.load_adapter(name, store.adapters(NAME)["r8"])
+    engine.submit([1, 2, 3], LONG, "a")
+    unloading = threading.Thread(target=engine.unload_adapter, args=("a",))
+    unloading.start()
+    engine.close()
+    unloading.join(TIMEOUT_S)
+    assert not unloading.is_alive()
+    for change in (
+        lambda: engine.unload_adapter("b"),
+        lambda: engine.load_adapter("c", store.adapters(NAME)["r8"]),
+    ):
+        with pytest.raises(UnavailableError) as caught:
+            change()
+        assert caught.value.field
+
+
 def test_the_name_of_another_base_is_refused(store: OracleStore, tmp_path: Path) -> None:
     """Where the engine knows its own name; the same weights under another name are the same."""
     directory = store.adapters(NAME)["r8"]
