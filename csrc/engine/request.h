@@ -40,7 +40,7 @@ struct Request {
   SamplingParams params;
   AdapterId adapter = 0;
   std::string cache_namespace;  // prefixes are shared within it only
-  int32_t priority = 0;         // higher goes first
+  int32_t priority = 0;         // higher goes first, within the bound of scheduler.h
   double deadline = 0;          // seconds on the engine's clock; 0: none
   double submitted = 0;         // likewise
 };
