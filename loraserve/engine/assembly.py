@@ -49,6 +49,7 @@ class RawOutput:
     top_logprobs: list[dict[int, float]]
     prompt_logprobs: list[float]
     cached_tokens: int
+    queue_s: float
     finish_reason: str
     error: LoraServeError | None
 
@@ -69,6 +70,8 @@ class Chunk:
     """The stop string or stop token id that ended the answer."""
     prompt_logprobs: list[float | None] | None
     cached_tokens: int
+    queue_s: float
+    """In the first chunk: seconds from submission to the first step that ran the request."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Completion:
     prompt_logprobs: list[float | None] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    queue_s: float = 0.0
+    """Seconds from submission to the first step that ran the request."""
     revision: str | None = None
     """Of the adapter that answered; None for the base model."""
 
@@ -174,4 +179,5 @@ class Assembler:
                 else None
             ),
             cached_tokens=raw.cached_tokens,
+            queue_s=raw.queue_s,
         )
