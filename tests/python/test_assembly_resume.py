@@ -1,6 +1,5 @@
 """Text of an answer that goes on elsewhere: the pieces joined are the text of the whole."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest

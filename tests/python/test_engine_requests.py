@@ -243,7 +243,7 @@ def test_one_wake_up_carries_a_steps_tokens(engine: Engine) -> None:
     before = engine.stats().steps
     calls, tokens = asyncio.run(run())
     assert tokens == 8 * 40
-    assert 1 <= calls <= engine.stats().steps - before < tokens / 4
+    assert 1 <= calls <= engine.stats().steps - before < tokens / 2
 
 
 @pytest.mark.parametrize("done", [1, 5, 15])
