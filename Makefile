@@ -72,7 +72,7 @@ stubs: setup ## rewrite the type stubs of the extension
 	$(PY) tools/check_stubs.py --write
 
 bench: $(VENV)/.test setup ## measure against transformers and PEFT; JSON under bench/results
-	$(PY) bench/engine_vs_transformers.py
+	$(PY) bench/engine_vs_transformers.py --out bench/results/engine_vs_transformers.json
 
 fmt: $(VENV)/.test ## format the sources in place
 	$(VENV)/bin/ruff format $(PY_DIRS)
