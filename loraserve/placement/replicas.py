@@ -7,6 +7,7 @@ import numpy as np
 
 from loraserve.placement.columns import Bools, Columns, Entries, entry_keys, node_ranks
 from loraserve.placement.load import Ints
+from loraserve.placement.room import admit, joined
 
 # How far from the first copy, in nodes sorted by rank, each bulk round looks: near ones first, so
 # that replicas of one rank share nodes; the last rounds look everywhere.
@@ -27,11 +28,7 @@ def replicate(p: Columns, free: Ints, entries: Entries) -> Entries:
             added = _one_more(p, free, entries, lacking, apart)
             if not len(added):
                 break
-            entries = Entries.of(
-                np.concatenate([entries.adapter, added.adapter]),
-                np.concatenate([entries.node, added.node]),
-                np.concatenate([entries.share, added.share]),
-            )
+            entries = joined(entries, added)
     return entries
 
 
@@ -76,8 +73,6 @@ class _Taken:
 
 def _one_more(p: Columns, free: Ints, entries: Entries, lacking: Ints, apart: bool) -> Entries:
     """At most one copy more for each of the adapters."""
-    from loraserve.placement.limits import admit  # they are halves of one thing
-
     taken = _Taken(p, entries, lacking, apart)
     found_a: list[Ints] = []
     found_n: list[Ints] = []
