@@ -6,8 +6,8 @@ from functools import wraps
 
 import numpy as np
 
-from loraserve.placement.columns import Bools, ColumnPolicy, Columns, Entries, Plan
-from loraserve.placement.load import Ints
+from loraserve.placement.arrays import Bools, Ints
+from loraserve.placement.columns import ColumnPolicy, Columns, Entries, Plan
 
 
 def by_base(policy: ColumnPolicy) -> ColumnPolicy:

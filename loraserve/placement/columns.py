@@ -12,10 +12,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from loraserve.placement.load import Charges, Floats, Ints, LoadModel, default_load_model
+from loraserve.placement.arrays import Bools, Floats, Ints
+from loraserve.placement.load import Charges, LoadModel, default_load_model
 from loraserve.placement.operating_point import MAX_RANK
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,15 +4,16 @@ split.
 
 For equal nodes and no memory limit this is optimal in whole ranks: a node that serves rank r may
 serve any lower rank, so the fewest nodes for the highest ranks leave most for the others, and a
-border node's rest goes to the next rank (exchange argument). Nodes that allow fewer ranks come last.
+border node's rest goes to the next rank (exchange argument). Nodes that allow fewer ranks come
+last.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from loraserve.placement.columns import Bools, Columns, Entries
-from loraserve.placement.load import Floats, Ints
+from loraserve.placement.arrays import Bools, Floats, Ints
+from loraserve.placement.columns import Columns, Entries
 from loraserve.placement.operating_point import MAX_RANK
 from loraserve.placement.room import segment_sums
 
@@ -195,7 +196,9 @@ def _hot_and_cold(p: Columns, level: float, hot: Bools, usable: Floats) -> Entri
         busy = np.bincount(node, p.alone[cold], minlength=p.nodes)
         room = np.maximum(level * p.capacity - busy, 1e-9)
     return Entries.of(
-        np.r_[wishes.adapter, cold], np.r_[wishes.node, node], np.r_[wishes.share, np.ones(len(cold))]
+        np.r_[wishes.adapter, cold],
+        np.r_[wishes.node, node],
+        np.r_[wishes.share, np.ones(len(cold))],
     )
 
 

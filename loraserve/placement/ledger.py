@@ -5,14 +5,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from loraserve.placement.columns import (
-    Bools,
-    Columns,
-    Entries,
-    node_features,
-    node_ranks,
-)
-from loraserve.placement.load import Floats, Ints
+from loraserve.placement.arrays import Bools, Floats, Ints
+from loraserve.placement.columns import Columns, Entries, node_features, node_ranks
 from loraserve.placement.operating_point import MAX_RANK
 
 GONE = -1.0  # the share of an entry that was dropped
@@ -120,7 +114,7 @@ class Ledger:
             domains = {int(p.domain[n]) for n in besides}
             if len(domains) < p.replicas:
                 good &= ~np.isin(p.domain, list(domains))
-        return good
+        return np.asarray(good)
 
     # Changing
 

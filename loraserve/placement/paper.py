@@ -4,12 +4,12 @@ The text of the paper's algorithm was not available to us; this follows the desc
 third-party reconstruction, with decisions of our own where that leaves something open:
 
 1. rankUtil[r] = sum of TPS over adapters of rank r / OP[r]; targetUtil = sum rankUtil / servers.
-2. budget[r] = servers of rank r = rankUtil[r] / targetUtil, rounded by largest remainder so that the
-   budgets sum to the servers (ours).
+2. budget[r] = servers of rank r = rankUtil[r] / targetUtil, rounded by largest remainder so that
+   the budgets sum to the servers (ours).
 3. Fractional packing within each rank's servers, by falling demand, up to targetUtil of OP[r].
-4. Leftovers (overflow, and ranks without a server) in falling rank go to servers whose maximum rank
-   is at least theirs, least utilised first; where there are none, to the least utilised server. Load
-   is charged by OP[the server's maximum rank] (ours: raw tokens would under-count low ranks).
+4. Leftovers (overflow, and ranks without a server) in falling rank go to servers whose maximum
+   rank is at least theirs, least utilised first; where there are none, to the least utilised one.
+   Load is charged by OP[the server's maximum rank] (ours: raw tokens under-count low ranks).
 5. Servers are relabelled so that fewest bytes move (ours: the description counts adapters).
 
 Beyond the description: an adapter without demand counts a little, so that it gets a server too;
@@ -19,10 +19,10 @@ import heapq
 
 import numpy as np
 
+from loraserve.placement.arrays import Floats, Ints
 from loraserve.placement.bases import by_base
 from loraserve.placement.columns import Columns, Entries, Plan
 from loraserve.placement.limits import settle
-from loraserve.placement.load import Floats, Ints
 from loraserve.placement.operating_point import MAX_RANK
 from loraserve.placement.relabel import relabel
 from loraserve.placement.room import segment_sums
@@ -45,7 +45,7 @@ def packed(p: Columns) -> Entries:
     if idle.any():
         tps = np.where(idle, (total * IDLE_PART or 1.0) / float(idle.sum()), tps)
     points = p.load.points.tokens_per_s
-    points = np.maximum(points, points.max() * 1e-3)
+    points = np.asarray(np.maximum(points, points.max() * 1e-3))
     ranks, of = np.unique(-p.rank, return_inverse=True)
     ranks = -ranks
     point = points[np.minimum(ranks, MAX_RANK)]
@@ -78,7 +78,7 @@ def packed(p: Columns) -> Entries:
     share = np.concatenate([f[2] for f in found] or [np.zeros(0)])
     top = np.full(p.nodes, -1, np.int64)
     top[servers] = np.repeat(ranks, budget)
-    tokens = np.bincount(node, tps[adapter] * share, minlength=p.nodes)
+    tokens: Floats = np.bincount(node, tps[adapter] * share, minlength=p.nodes)
     more = _leftovers(p, leftover, tps, points, top, tokens)
     return _merged(p, np.r_[adapter, more[0]], np.r_[node, more[1]], np.r_[share, more[2]])
 
@@ -121,7 +121,7 @@ def _leftovers(
     """Step 4: (adapters, nodes, shares). `top` and `tokens` of the nodes change with it."""
     rank = p.rank.tolist()
     leftover.sort(key=lambda x: (-rank[x[0]], -float(tps[x[0]]) * x[1]))
-    point = points.tolist()
+    point: list[float] = points.tolist()
     speed, limit = p.capacity.tolist(), p.rank_limit.tolist()
     tops, sums = top.tolist(), tokens.tolist()
 

@@ -113,5 +113,3 @@ def _fresh(p: Columns, level: float) -> Plan:
         ),
     )
     return candidates[chosen]
-
-

@@ -5,8 +5,8 @@ They carry no share: a policy may give them one, and a lost node makes the other
 
 import numpy as np
 
-from loraserve.placement.columns import Bools, Columns, Entries, entry_keys, node_ranks
-from loraserve.placement.load import Ints
+from loraserve.placement.arrays import Bools, Ints
+from loraserve.placement.columns import Columns, Entries, entry_keys, node_ranks
 from loraserve.placement.room import admit, joined
 
 # How far from the first copy, in nodes sorted by rank, each bulk round looks: near ones first, so
