@@ -87,9 +87,7 @@ def milliseconds(run: Callable[[int], Any], repeats: int) -> float:
 def measure(arguments: argparse.Namespace, replicas: int, padded: bool) -> dict[str, Any]:
     rank_aware = COLUMN_POLICIES["rank_aware"]
     n = arguments.repeats
-    problems = [
-        problem(arguments.adapters, arguments.nodes, replicas, s, padded) for s in range(n)
-    ]
+    problems = [problem(arguments.adapters, arguments.nodes, replicas, s, padded) for s in range(n)]
     plans = {}
 
     def plan(i: int) -> None:

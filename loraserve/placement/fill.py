@@ -44,8 +44,11 @@ class Classes:
 
 
 def classes_of(p: Columns, rows: Ints) -> Classes:
-    ranks, of = np.unique(-p.rank[rows], return_inverse=True)
-    ranks, of, count = -ranks, of.astype(np.int64), len(ranks)
+    ranks, of = p.rank_classes
+    if len(rows) < p.adapters:
+        there = np.bincount(of[rows], minlength=len(ranks)) > 0
+        ranks, of = ranks[there], (np.cumsum(there) - 1)[of[rows]]
+    count = len(ranks)
     alone, size = p.alone[rows], p.size_bytes[rows]
     total, bytes_ = float(p.alone.sum()), float(p.size_bytes.sum()) + 1.0
     idle = np.maximum(size, 1) * ((IDLE_PART * total if total > 0 else 1e-3 * p.nodes) / bytes_)

@@ -73,34 +73,35 @@ class _Relief:
         book, p = self.book, self.p
         e, adapter, _, features = book.serving(hot)
         charge = self._charges(hot, features)
-        order = np.argsort(-charge, kind="stable")[:SHIFTS]
-        rank = p.rank[adapter]
-        for i in order.tolist():
-            if book.load[hot] <= goal or charge[i] < LEAST_PIECE / 4:
-                return
-            others = [x for x in book.copies(int(adapter[i])) if x != e[i]]
-            if not others:
-                continue
-            # A copy that would raise its node's rank would slow the whole node.
+        able = np.flatnonzero((book.copy_count[adapter] > 1) & (charge > LEAST_PIECE / 2))
+        order = able[np.argsort(-charge[able], kind="stable")][:SHIFTS]
+        for entry, a in zip(e[order].tolist(), adapter[order].tolist(), strict=True):
             others = [
-                x for x in others if not p.load.padded or book.ranks[book.node_of(x)] >= rank[i]
+                (book.load_of(n), x)
+                for x in book.copies(a)
+                # A copy that would raise its node's rank would slow the whole node.
+                if book.load_of(n := book.node_of(x)) < goal - LEAST_PIECE / 2
+                and not (p.load.padded and book.ranks[n] < p.rank[a])
             ]
-            for to in sorted(others, key=lambda x: (book.load[book.node_of(x)], x)):
-                self._shift_one(int(e[i]), to, goal)
-                if book.load[hot] <= goal:
+            for _, to in sorted(others):
+                self._shift_one(entry, to, goal)
+                if book.load_of(hot) <= goal:
                     return
 
     def _shift_one(self, e: int, to: int, goal: float) -> None:
-        book, p = self.book, self.p
-        source, target, share = book.node_of(e), book.node_of(to), book.share_of(e)
-        slack = goal - float(book.load[target])
+        book = self.book
+        a, source, target, share = (
+            book.adapter_of(e),
+            book.node_of(e),
+            book.node_of(to),
+            book.share_of(e),
+        )
+        slack, excess = goal - book.load_of(target), book.load_of(source) - goal
         if slack <= 1e-6 or share <= 0:
             return
-        piece = p.charges.features(np.array([book.adapter_of(e)]), np.array([share]))
-        here = float(self._charges(source, piece)[0])
-        there = float(self._charges(target, piece)[0])
-        part = min(1.0, slack / max(there, 1e-12), (book.load[source] - goal) / max(here, 1e-12))
-        if part * here < LEAST_PIECE / 8:
+        here, there = book.piece(a, share, source), book.piece(a, share, target)
+        part = min(1.0, slack / max(there, 1e-12), excess / max(here, 1e-12))
+        if part * here < LEAST_PIECE / 4:
             return
         book.set_share(to, max(book.share_of(to), 0.0) + share * part)
         book.set_share(e, share * (1 - part) if part < 1 else 0.0)
@@ -193,8 +194,8 @@ class _Relief:
                 and after[t] < after[n] * 0.98
                 and self._clear(t, a, float(after[t] - book.load[t]), limit)
             ):
-                return t
-        return n if score[n] < np.inf else -1
+                return int(t)
+        return n if bool(score[n] < np.inf) else -1
 
     def _clear(self, node: int, a: int, gain: float, limit: float) -> bool:
         """Moves adapters with many bytes for their load off the node, to make room for `a`, that

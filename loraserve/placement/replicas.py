@@ -38,9 +38,17 @@ def _domains_held(p: Columns, entries: Entries) -> Ints:
     many = counts[entries.adapter] > 1
     if not many.any():
         return counts
-    width = int(p.domain.max(initial=0)) + 1
-    keys = np.unique(entries.adapter[many] * width + p.domain[entries.node[many]])
-    apart = np.bincount(keys // width, minlength=p.adapters)
+    domain = p.domain[entries.node]
+    two = np.flatnonzero(
+        (entries.adapter[1:] == entries.adapter[:-1]) & (domain[1:] != domain[:-1])
+    )
+    apart = np.ones(p.adapters, np.int64)
+    apart[entries.adapter[two]] = 2
+    more = counts[entries.adapter] > 2
+    if more.any():
+        width = int(p.domain.max(initial=0)) + 1
+        keys = np.unique(entries.adapter[more] * width + domain[more])
+        apart[keys // width] = np.bincount(keys // width, minlength=p.adapters)[keys // width]
     return np.where(counts > 1, apart, counts)
 
 

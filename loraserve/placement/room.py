@@ -30,7 +30,7 @@ def largest_share(p: Columns, entries: Entries) -> Bools:
         order = many[np.lexsort((-entries.share[many], entries.adapter[many]))]
         adapters = entries.adapter[order]
         first[order[np.r_[True, adapters[1:] != adapters[:-1]]]] = True
-    return first
+    return np.asarray(first)
 
 
 def shares_to_one(p: Columns, entries: Entries) -> Entries:
