@@ -18,6 +18,11 @@ from loraserve.placement.operating_point import MAX_RANK
 LEAST_PIECE = 0.002
 # Of one node, the entries looked at for shifting shares.
 SHIFTS = 48
+# Copies of one node, one after the other, that find no target before it is left as it is.
+FAILURES = 16
+# Of a node that is stuck: the part of its load that it gives to nodes less busy, and how often.
+CHAIN_STEP = 0.02
+CHAINS = 64
 # Copies that are looked at to make room for one.
 CLEARED = 12
 # An adapter rank with less than this part of a node's tokens is a stray there.
@@ -34,19 +39,32 @@ class Aim:
 
 
 def rebalance(p: Columns, entries: Entries, aim: Aim) -> Entries:
-    """The relieved plan. Where limits leave a node over `aim.above`, others are only brought below
-    that node."""
+    """The relieved plan, or `entries` where limits leave no way to lower the peak.
+
+    Where a node cannot give to any node under the goal, it gives a little to nodes less busy than
+    itself, which pass it on: chains that limits on pairs of nodes and adapters make necessary."""
     ledger = Ledger(p, entries)
     work = _Relief(ledger, aim)
-    above = aim.above
     stuck = np.zeros(p.nodes, np.bool_)
-    for _ in range(4 * p.nodes):
+    chains, progress = CHAINS, False
+    for _ in range(4 * p.nodes + CHAINS):
         hot = int(np.argmax(np.where(stuck, -1.0, ledger.load)))
-        if ledger.load[hot] <= above * (1 + 1e-9):
-            break
-        if stuck.all() or not work.relieve(hot, max(aim.to, above * 0.97 if stuck.any() else 0.0)):
-            stuck[hot] = True
-            above = max(above, float(ledger.load[hot]))
+        if stuck[hot] or ledger.load[hot] <= aim.above * (1 + 1e-9):
+            # The others may have made room for those that were stuck.
+            if not progress or not stuck.any():
+                break
+            stuck[:], progress = False, False
+            continue
+        if work.relieve(hot, aim.to):
+            progress = True
+            continue
+        now = float(ledger.load[hot])
+        if now >= ledger.load.max() and chains > 0:
+            chains -= 1
+            if work.relieve(hot, max(aim.to, now * (1 - CHAIN_STEP))):
+                progress = True
+                continue
+        stuck[hot] = True
     return ledger.entries()
 
 
@@ -122,6 +140,7 @@ class _Relief:
         book, p = self.book, self.p
         e, adapter, share, features = book.serving(hot)
         charge = self._charges(hot, features)
+        failures = 0
         for i in self._order(hot, goal, adapter, share, charge).tolist():
             if book.load[hot] <= goal * (1 + 1e-9):
                 return
@@ -132,6 +151,11 @@ class _Relief:
                 continue
             if self._move_one(int(e[i]), features[i], float(charge[i]), goal):
                 self._pay(size)
+                failures = 0
+                continue
+            failures += 1
+            if failures >= FAILURES:
+                return
 
     def _order(self, hot: int, goal: float, adapter: Ints, share: Floats, charge: Floats) -> Ints:
         """Most relief for a byte first."""
