@@ -37,8 +37,9 @@ def paper(p: Columns) -> Plan:
     return settle(p, relabel(p, packed(p)))
 
 
-def packed(p: Columns) -> Entries:
-    """The plan before relabelling and limits."""
+def packed(p: Columns, leftovers: bool = True) -> Entries:
+    """The plan before relabelling and limits. Without leftovers (step 4) its peak is a lower bound
+    of the plan's: more adapters on a node never make it less busy."""
     tps = p.prefill + p.decode
     total = float(tps.sum())
     idle = tps <= 0
@@ -79,6 +80,8 @@ def packed(p: Columns) -> Entries:
     top = np.full(p.nodes, -1, np.int64)
     top[servers] = np.repeat(ranks, budget)
     tokens = np.asarray(np.bincount(node, tps[adapter] * share, minlength=p.nodes), np.float64)
+    if not leftovers:
+        return _merged(p, adapter, node, share)
     more = _leftovers(p, leftover, tps, points, top, tokens)
     return _merged(p, np.r_[adapter, more[0]], np.r_[node, more[1]], np.r_[share, more[2]])
 

@@ -20,9 +20,15 @@ LEAST_PIECE = 0.002
 SHIFTS = 48
 # Copies of one node, one after the other, that find no target before it is left as it is.
 FAILURES = 16
+# Looks for a target, about 40 us each, in one call, and what looking at a node counts as: they
+# bound the time where limits are in the way.
+ATTEMPTS = 6000
+NODE_ATTEMPTS = 10
 # Of a node that is stuck: the part of its load that it gives to nodes less busy, and how often.
 CHAIN_STEP = 0.02
 CHAINS = 64
+# A stuck node this little over the aim is let be.
+ENOUGH = 1.005
 # Copies that are looked at to make room for one.
 CLEARED = 12
 # An adapter rank with less than this part of a node's tokens is a stray there.
@@ -46,12 +52,12 @@ def rebalance(p: Columns, entries: Entries, aim: Aim) -> Entries:
     ledger = Ledger(p, entries)
     work = _Relief(ledger, aim)
     stuck = np.zeros(p.nodes, np.bool_)
-    chains, progress = CHAINS, False
-    for _ in range(4 * p.nodes + CHAINS):
+    chains, progress, enough = CHAINS, False, aim.above * ENOUGH
+    while work.attempts > 0:
         hot = int(np.argmax(np.where(stuck, -1.0, ledger.load)))
         if stuck[hot] or ledger.load[hot] <= aim.above * (1 + 1e-9):
             # The others may have made room for those that were stuck.
-            if not progress or not stuck.any():
+            if not progress or ledger.load.max() <= enough:
                 break
             stuck[:], progress = False, False
             continue
@@ -59,7 +65,7 @@ def rebalance(p: Columns, entries: Entries, aim: Aim) -> Entries:
             progress = True
             continue
         now = float(ledger.load[hot])
-        if now >= ledger.load.max() and chains > 0:
+        if now >= ledger.load.max() and now > enough and chains > 0:
             chains -= 1
             if work.relieve(hot, max(aim.to, now * (1 - CHAIN_STEP))):
                 progress = True
@@ -72,10 +78,12 @@ class _Relief:
     def __init__(self, ledger: Ledger, aim: Aim) -> None:
         self.book, self.p = ledger, ledger.p
         self.bytes_left = aim.bytes_left
+        self.attempts = ATTEMPTS
 
     def relieve(self, hot: int, goal: float) -> bool:
         """Whether the node is at the goal, or at least much nearer to it."""
         before = float(self.book.load[hot])
+        self.attempts -= NODE_ATTEMPTS
         self._shift(hot, goal)
         if self.book.load[hot] > goal * (1 + 1e-9):
             self._move(hot, goal)
@@ -154,7 +162,7 @@ class _Relief:
                 failures = 0
                 continue
             failures += 1
-            if failures >= FAILURES:
+            if failures >= FAILURES or self.attempts <= 0:
                 return
 
     def _order(self, hot: int, goal: float, adapter: Ints, share: Floats, charge: Floats) -> Ints:
@@ -177,6 +185,7 @@ class _Relief:
 
     def _move_one(self, e: int, features: Floats, charge: float, goal: float) -> bool:
         book, p = self.book, self.p
+        self.attempts -= 1
         a, hot, share = book.adapter_of(e), book.node_of(e), book.share_of(e)
         excess = float(book.load[hot]) - goal
         whole = charge <= 1.2 * excess or charge < 4 * LEAST_PIECE

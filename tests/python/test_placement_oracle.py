@@ -94,8 +94,8 @@ def test_within_3_percent_on_a_proportional_engine(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_within_6_percent_after_drift(seed: int) -> None:
-    """From a plan for other demand: hysteresis leaves 5 %, and limits another."""
+def test_within_9_percent_after_drift(seed: int) -> None:
+    """From a plan for other demand: hysteresis leaves 8 %, and limits another."""
     p = limited(seed)
     plan = COLUMN_POLICIES["rank_aware"](p)
     factor = np.random.default_rng(seed + 100).lognormal(0, 0.7, p.adapters)
@@ -103,7 +103,7 @@ def test_within_6_percent_after_drift(seed: int) -> None:
         p, prefill=p.prefill * factor, decode=p.decode * factor, current=plan.entries
     )
     plan = COLUMN_POLICIES["rank_aware"](later)
-    assert peak(later, plan.entries) <= 1.06 * lowest_peak(later)
+    assert peak(later, plan.entries) <= 1.09 * lowest_peak(later)
 
 
 @pytest.mark.parametrize("seed", range(5))
