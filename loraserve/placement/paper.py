@@ -72,8 +72,11 @@ def packed(p: Columns, leftovers: bool = True) -> Entries:
         pieces = _cut(ends, borders)
         inside = pieces[1] < len(nodes)
         found.append((rows[pieces[0][inside]], nodes[pieces[1][inside]], pieces[2][inside]))
-        outside = zip(rows[pieces[0][~inside]].tolist(), pieces[2][~inside].tolist(), strict=True)
-        leftover += [x for x in outside if x[1] > 1e-9]
+        if leftovers:
+            outside = zip(
+                rows[pieces[0][~inside]].tolist(), pieces[2][~inside].tolist(), strict=True
+            )
+            leftover += [x for x in outside if x[1] > 1e-9]
     adapter = np.concatenate([f[0] for f in found] or [np.zeros(0, np.int64)])
     node = np.concatenate([f[1] for f in found] or [np.zeros(0, np.int64)])
     share = np.concatenate([f[2] for f in found] or [np.zeros(0)])

@@ -75,10 +75,11 @@ def _affordable(p: Columns, plan: Plan) -> bool:
 
 def _no_worse_than_paper(p: Columns, plan: Plan, now: float) -> Plan:
     """`plan`, relieved further, or `paper`'s where even that is worse."""
-    if p.nodes > RELABEL_UP_TO:
-        # The cheap bound first.
-        if now <= peak(p, packed(p, leftovers=False)) or now <= peak(p, packed(p)):
-            return plan
+    # The cheap bound first.
+    if p.nodes > RELABEL_UP_TO and (
+        now <= peak(p, packed(p, leftovers=False)) or now <= peak(p, packed(p))
+    ):
+        return plan
     other = paper(p)
     if len(other.reasons) > len(plan.reasons):
         return plan

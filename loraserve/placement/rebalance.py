@@ -127,7 +127,7 @@ class _Relief:
             return
         here, there = book.piece(a, share, source), book.piece(a, share, target)
         part = min(1.0, slack / max(there, 1e-12), excess / max(here, 1e-12))
-        if part * here < LEAST_PIECE / 4:
+        if part * here < LEAST_PIECE / 2:
             return
         book.set_share(to, max(book.share_of(to), 0.0) + share * part)
         book.set_share(e, share * (1 - part) if part < 1 else 0.0)

@@ -99,9 +99,7 @@ def test_within_9_percent_after_drift(seed: int) -> None:
     p = limited(seed)
     plan = COLUMN_POLICIES["rank_aware"](p)
     factor = np.random.default_rng(seed + 100).lognormal(0, 0.7, p.adapters)
-    later = replace(
-        p, prefill=p.prefill * factor, decode=p.decode * factor, current=plan.entries
-    )
+    later = replace(p, prefill=p.prefill * factor, decode=p.decode * factor, current=plan.entries)
     plan = COLUMN_POLICIES["rank_aware"](later)
     assert peak(later, plan.entries) <= 1.09 * lowest_peak(later)
 

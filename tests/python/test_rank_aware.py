@@ -18,6 +18,7 @@ from loraserve.placement.columns import (
     utilisation,
 )
 from loraserve.placement.fill import fill_level, lowest_level
+from loraserve.placement.load import LoadModel
 from loraserve.placement.policies import COLUMN_POLICIES
 from loraserve.placement.rank_aware import TRIGGER
 
@@ -62,7 +63,7 @@ def test_never_over_papers_peak(p: Columns) -> None:
 
 @pytest.mark.parametrize("load", LOADS[:3], ids=["proportional", "padded", "reads"])
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_drift_moves_fewer_bytes_than_paper_and_peaks_lower(load, replicas) -> None:
+def test_drift_moves_fewer_bytes_than_paper_and_peaks_lower(load: LoadModel, replicas: int) -> None:
     p = problem(300, 8, 3, load=load, replicas=replicas)
     moved, peaks = {}, {}
     for policy in (rank_aware, paper):
