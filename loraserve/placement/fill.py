@@ -285,6 +285,11 @@ def _spread(p: Columns, classes: Classes, segments: list[Segment]) -> Entries:
     length = np.repeat(np.maximum(ends - begins, 1e-300), pieces)
     share = np.clip((high - low) / length, 0.0, 1.0)
     share[np.repeat(pieces == 1, pieces)] = 1.0
-    keep = (share >= 0.5) | (share * p.alone[classes.rows[adapter]] >= LEAST_PIECE)
-    keep |= np.repeat(pieces > 2, pieces) & (share > 0)
+    # Small pieces go to their adapter's largest.
+    keep = np.repeat(pieces == 1, pieces)
+    split = np.flatnonzero(~keep)
+    keep[split] = share[split] * p.alone[classes.rows[adapter[split]]] >= LEAST_PIECE
+    by_size = split[np.lexsort((-share[split], adapter[split]))]
+    owner = adapter[by_size]
+    keep[by_size[np.r_[True, owner[1:] != owner[:-1]][: len(owner)]]] = True
     return Entries.of(classes.rows[adapter[keep]], node[segment[keep]], share[keep])

@@ -53,10 +53,11 @@ def rank_aware(p: Columns) -> Plan:
     aim_at = max(level, mean)
     repaired = _repair(p, kept, aim_at)
     now = peak(p, repaired.entries)
-    if now > REPLAN_ABOVE * aim_at:
+    if now > REPLAN_ABOVE * aim_at or repaired.reasons:
         fresh = _fresh(p, level)
-        gain = peak(p, fresh.entries) < REPLAN_GAIN * now
-        if gain and _affordable(p, fresh) and not len(fresh.reasons) > len(repaired.reasons):
+        fewer = len(fresh.reasons) - len(repaired.reasons)
+        gain = fewer < 0 or (fewer == 0 and peak(p, fresh.entries) < REPLAN_GAIN * now)
+        if gain and _affordable(p, fresh):
             return fresh
     return _no_worse_than_paper(p, repaired, now)
 

@@ -129,7 +129,7 @@ def check_nothing_left_undone(
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(problem=problems())
 def test_every_limit_holds(name: str, problem: PlacementProblem) -> None:
     made = POLICIES[name](problem)
@@ -161,6 +161,17 @@ def test_why_an_adapter_is_nowhere(name: str) -> None:
         "ill": "loading failed on every node",
         left_out.pop(): f"no node has {size} bytes of adapter memory left",
     }
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"request_level"}))
+def test_adapters_without_demand_get_their_replicas_and_no_more(name: str, replicas: int) -> None:
+    specs = tuple(spec(f"a{i}", 8, 1 + i) for i in range(7))
+    for demand in ({}, {specs[0].adapter: Demand(5.0, 1.0)}):
+        made = POLICIES[name](PlacementProblem(specs, nodes(5), demand, replicas=replicas))
+        assert {a: len(n) for a, n in made.holders.items() if a not in demand} == {
+            s.adapter: replicas for s in specs if s.adapter not in demand
+        }
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

@@ -52,7 +52,7 @@ def clusters(draw: st.DrawFn) -> Columns:
     return p
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(clusters())
 def test_never_over_papers_peak(p: Columns) -> None:
     ours, theirs = rank_aware(p), paper(p)
