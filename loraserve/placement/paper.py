@@ -39,7 +39,7 @@ def paper(p: Columns) -> Plan:
 
 def packed(p: Columns, leftovers: bool = True) -> Entries:
     """The plan before relabelling and limits. Without leftovers (step 4) its peak is a lower bound
-    of the plan's: more adapters on a node never make it less busy."""
+    of the plan's: more adapters on a node never make it less busy. It is not sorted then."""
     tps = p.prefill + p.decode
     total = float(tps.sum())
     idle = tps <= 0
@@ -84,7 +84,7 @@ def packed(p: Columns, leftovers: bool = True) -> Entries:
     top[servers] = np.repeat(ranks, budget)
     tokens = np.asarray(np.bincount(node, tps[adapter] * share, minlength=p.nodes), np.float64)
     if not leftovers:
-        return _merged(p, adapter, node, share)
+        return Entries(adapter, node, share)
     more = _leftovers(p, leftover, tps, points, top, tokens)
     return _merged(p, np.r_[adapter, more[0]], np.r_[node, more[1]], np.r_[share, more[2]])
 

@@ -99,14 +99,15 @@ class _Relief:
         book, p = self.book, self.p
         e, adapter, _, features = book.serving(hot)
         charge = self._charges(hot, features)
-        able = np.flatnonzero((book.copy_count[adapter] > 1) & (charge > LEAST_PIECE / 2))
+        limit = goal - LEAST_PIECE / 2
+        able = np.flatnonzero(book.may_shift(e, adapter, limit) & (charge > LEAST_PIECE / 2))
         order = able[np.argsort(-charge[able], kind="stable")][:SHIFTS]
         for entry, a in zip(e[order].tolist(), adapter[order].tolist(), strict=True):
             others = [
                 (book.load_of(n), x)
                 for x in book.copies(a)
                 # A copy that would raise its node's rank would slow the whole node.
-                if book.load_of(n := book.node_of(x)) < goal - LEAST_PIECE / 2
+                if book.load_of(n := book.node_of(x)) < limit
                 and not (p.load.padded and book.ranks[n] < p.rank[a])
             ]
             for _, to in sorted(others):
