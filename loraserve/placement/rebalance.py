@@ -138,10 +138,12 @@ class _Relief:
     def _drop_if_spare(self, e: int) -> None:
         """Drops an idle copy that replicas do not need."""
         book, p = self.book, self.p
+        if book.copy_count[book.adapter_of(e)] <= p.replicas:
+            return
         rest = [book.node_of(x) for x in book.copies(book.adapter_of(e)) if x != e]
         domains = len({int(p.domain[n]) for n in rest})
         held = len({int(p.domain[n]) for n in [*rest, book.node_of(e)]})
-        if len(rest) >= p.replicas and domains >= min(p.replicas, held):
+        if domains >= min(p.replicas, held):
             book.set_share(e, GONE)
 
     def _move(self, hot: int, goal: float) -> None:
