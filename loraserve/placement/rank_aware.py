@@ -33,7 +33,9 @@ GOAL = 1.04
 POLISHED = 1.002
 POLISHED_LARGE = 1.01
 # A repair that ends above this is compared with a fresh plan, which must then be this much better.
+# A fresh plan of a large cluster costs several repairs, so it is asked for later.
 REPLAN_ABOVE = 1.15
+REPLAN_ABOVE_LARGE = 1.4
 REPLAN_GAIN = 0.95
 # Peaks nearer than this count as equal, and interference decides.
 SAME_PEAK = 1.01
@@ -53,7 +55,8 @@ def rank_aware(p: Columns) -> Plan:
     aim_at = max(level, mean)
     repaired = _repair(p, kept, aim_at)
     now = peak(p, repaired.entries)
-    if now > REPLAN_ABOVE * aim_at or repaired.reasons:
+    above = REPLAN_ABOVE_LARGE if p.nodes > RELABEL_UP_TO else REPLAN_ABOVE
+    if now > above * aim_at or repaired.reasons:
         fresh = _fresh(p, level)
         fewer = len(fresh.reasons) - len(repaired.reasons)
         gain = fewer < 0 or (fewer == 0 and peak(p, fresh.entries) < REPLAN_GAIN * now)
