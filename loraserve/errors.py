@@ -36,6 +36,13 @@ class UnsupportedError(InvalidArgumentError):
     reason = "UNSUPPORTED"
 
 
+class UnimplementedError(UnsupportedError):
+    """The RPC is part of the protocol, and this version does not offer it."""
+
+    code = "UNIMPLEMENTED"
+    reason = "UNIMPLEMENTED"
+
+
 class UnauthenticatedError(LoraServeError):
     """No key, or a key that nobody issued."""
 

@@ -63,11 +63,11 @@ def channel_options(
     ]
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """host and port of "host:port" or "[v6]:port". Raises InvalidArgumentError."""
+def split_address(address: str, field: str = "address") -> tuple[str, int]:
+    """host and port of "host:port" or "[v6]:port". Raises InvalidArgumentError about `field`."""
     host, separator, port = address.rpartition(":")
     if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidArgumentError("address", f"{address!r} is not host:port")
+        raise InvalidArgumentError(field, f"{address!r} is not host:port")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

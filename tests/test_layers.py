@@ -18,7 +18,16 @@ CPP_FLOORS: dict[str, set[str]] = {
     "bindings": {"engine", "model", "kv", "lora", "memory", "backend", "base"},
 }
 
-GROUND = {"v1", "errors", "security", "sampling_params", "wire", "wire_errors", "__init__"}
+GROUND = {
+    "v1",
+    "daemon",
+    "errors",
+    "security",
+    "sampling_params",
+    "wire",
+    "wire_errors",
+    "__init__",
+}
 MIDDLE = {"placement", "engine", "text", "checkpoint"}
 UPPER = {"client", "controller", "node"}
 # A module or package of loraserve/ to what it may import of it.

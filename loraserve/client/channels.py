@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Collection
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -81,14 +81,29 @@ async def _cancelled_by_peer(call: Any) -> LoraServeError | None:
     return from_rpc_error(await_error)
 
 
+def _this_task_is_cancelled() -> bool:
+    """True also where it cannot be known: before Python 3.11."""
+    cancelling = getattr(asyncio.current_task(), "cancelling", None)
+    return cancelling is None or cancelling() > 0
+
+
+async def _ended(channels: Channels, call: Any) -> LoraServeError | None:
+    """Why `call` was cancelled by somebody else than this task; None where it was this task."""
+    if channels.closed:
+        return closed()
+    error = await _cancelled_by_peer(call)
+    if error is None and not _this_task_is_cancelled():
+        # The channel of a node that is gone from the routes was closed at last.
+        return UnavailableError("stream", "the channel was closed")
+    return error
+
+
 async def unary(channels: Channels, call: Any, work: Awaitable[T] | None = None) -> T:
     """The response of a call with one, or what `work` makes of the call. Raises LoraServeError."""
     try:
         return await (call if work is None else work)
     except asyncio.CancelledError:
-        if channels.closed:
-            raise closed() from None
-        error = await _cancelled_by_peer(call)
+        error = await _ended(channels, call)
         if error is None:
             raise
         raise error from None
@@ -104,14 +119,12 @@ async def responses(channels: Channels, call: Any) -> AsyncGenerator[Any, None]:
         while (message := await call.read()) is not grpc.aio.EOF:
             yield message
     except asyncio.CancelledError:
-        if channels.closed:
-            raise closed() from None
-        error = await _cancelled_by_peer(call)
+        error = await _ended(channels, call)
         if error is None:
             raise
         raise error from None
     except grpc.RpcError as error:
-        raise from_rpc_error(cast(grpc.RpcError, error)) from None
+        raise from_rpc_error(error) from None
     except grpc.aio.UsageError:
         raise closed() from None
     finally:

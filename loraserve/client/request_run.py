@@ -69,8 +69,11 @@ class RequestRun:
                         yield chunk
                 return
             except LoraServeError as error:
-                await self._after(error, node, len(self._log.token_ids) > had)
-            last = self._log.finish_if_full(self._retry.attempt)
+                if node_is_lost(error) and not self._site.channels.closed:
+                    self._site.router.failed(node.node_id)
+                last = self._log.finish_if_full(self._retry.attempt)
+                if last is None:
+                    await self._after(error, node, len(self._log.token_ids) > had)
             if last is not None:
                 yield last
                 return
@@ -91,13 +94,13 @@ class RequestRun:
         )
 
     async def _choose(self) -> NodeRoute:
-        """Raises UnavailableError where no node can be asked, NotFoundError for a base that none
-        serves."""
+        """Raises UnavailableError where no node can be asked, NotFoundError for a base that nobody
+        has heard of."""
         site, watch = self._site, self._site.watch
         if watch is not None:
             await watch.first_table(min(self._left() or FIRST_TABLE_WAIT_S, FIRST_TABLE_WAIT_S))
         route = RouteRequest(
-            self._route.base,
+            self._log.base,
             self._route.adapter,
             self._log.revision,
             self._log.prompt_tokens + len(self._log.token_ids),
@@ -134,10 +137,15 @@ class RequestRun:
         table = self._site.router.table
         if not table.nodes:
             return UnavailableError("nodes", "none has registered with the controller")
-        if route.base and route.base not in table.bases() | {""}:
-            bases = ", ".join(sorted(table.bases()))
-            return NotFoundError("base", f"no node serves {route.base!r}, but {bases}")
-        return UnavailableError("nodes", "all are draining")
+        known = table.find(route.base, route.adapter) if route.adapter else None
+        base, bases = known.adapter.base if known else route.base, table.bases()
+        if not base or bases & {base, ""}:
+            return UnavailableError("nodes", "all are draining")
+        served = ", ".join(sorted(bases))
+        if known is None and not self._log.started:
+            return NotFoundError("base", f"no node serves {base!r}, but {served}")
+        # The cluster knows the base: its nodes may come back.
+        return UnavailableError("nodes", f"none serves {base!r}, but {served}")
 
     async def _attempt(self, node: NodeRoute) -> AsyncGenerator[Chunk, None]:
         left = self._left()
@@ -156,6 +164,7 @@ class RequestRun:
                     if message.HasField("load"):
                         router.observe(node.node_id, load_from_wire(message.load))
                     chunk = self._log.accept(message)
+                    router.answered(node.node_id, ticket)
                     if chunk is not None:
                         yield chunk
                     if self._log.finish_reason is not None:
@@ -171,8 +180,6 @@ class RequestRun:
             raise error
         if self._site.channels.closed:
             raise error
-        if node_is_lost(error):
-            self._site.router.failed(node.node_id)
         self._avoid.add(node.node_id)
         wait_s = self._retry.after(error, progress, self._log.started)
         if wait_s is None:

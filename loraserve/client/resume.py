@@ -16,7 +16,7 @@ from loraserve.client.messages import (
     set_prompt,
 )
 from loraserve.client.types import Chunk, Completion, Prompt
-from loraserve.errors import UnavailableError
+from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.sampling_params import SamplingParams
 from loraserve.v1 import inference_pb2
 
@@ -41,13 +41,18 @@ class AnswerLog:
         priority: int = 0,
     ) -> None:
         """Raises InvalidArgumentError where the wire cannot carry a value."""
-        self._request = inference_pb2.GenerateRequest(
-            request_id=request_id, sampling=sampling_to_wire(params), priority=priority
-        )
-        self._request.adapter.base = base
-        self._request.adapter.name = adapter or ""
-        if revision is not None:
-            self._request.adapter.revision = revision
+        self._request = inference_pb2.GenerateRequest(sampling=sampling_to_wire(params))
+        ref = self._request.adapter
+        field = ""
+        try:
+            field, self._request.request_id = "request_id", request_id
+            field, self._request.priority = "priority", priority
+            field, ref.base = "base", base
+            field, ref.name = "adapter", adapter or ""
+            if revision is not None:
+                field, ref.revision = "revision", revision
+        except (ValueError, TypeError) as error:
+            raise InvalidArgumentError(field, f"{error}") from None
         self.prompt_tokens = set_prompt(self._request, prompt)
         """Estimated for text until a node has counted them."""
         self.token_ids: list[int] = []
@@ -69,6 +74,14 @@ class AnswerLog:
         return bool(self.token_ids)
 
     @property
+    def base(self) -> str:
+        """The base model that is asked for; once tokens are there, the one they came from."""
+        named: str = self._request.adapter.base
+        if self.started and self._start is not None:
+            return named or self._start.base.name
+        return named
+
+    @property
     def revision(self) -> str | None:
         """What the request asks for by revision; once tokens are there, what they came from."""
         if self.started and self._start is not None:
@@ -86,7 +99,7 @@ class AnswerLog:
         if self.started and self._start is not None:
             # What began the answer must go on with it.
             request.sampling.seed = self._start.seed
-            request.adapter.base = request.adapter.base or self._start.base.name
+            request.adapter.base = self.base
             if self._start.revision:
                 request.adapter.revision = self._start.revision
         if timeout_s is not None:
@@ -96,7 +109,7 @@ class AnswerLog:
 
     def finish_if_full(self, attempt: int) -> Chunk | None:
         """The last chunk where all tokens are there and only the word of it was lost."""
-        if len(self.token_ids) < self._max_tokens:
+        if not self.started or len(self.token_ids) < self._max_tokens:
             return None
         self.finish_reason = "length"
         return Chunk(
@@ -111,7 +124,8 @@ class AnswerLog:
     def accept(self, response: inference_pb2.GenerateResponse) -> Chunk | None:
         """What is new in a response; None for nothing.
 
-        Raises UnavailableError where the response does not continue the answer: another attempt may.
+        Raises UnavailableError where the response does not continue the answer: another attempt
+        may.
         """
         if response.HasField("start"):
             self._take_start(response.start)
@@ -125,12 +139,16 @@ class AnswerLog:
         if self._wants_logprobs and len(logprobs) != len(token_ids):
             raise lost(f"{len(logprobs)} logprobs for {len(token_ids)} tokens")
         known = min(have - first, len(token_ids))
+        if token_ids[:known] != self.token_ids[first : first + known]:
+            raise lost("the node goes on with another answer than the one that is here")
         text = response.text
         if known:
             if known < len(token_ids) and text:
                 raise lost("a message repeats tokens among new ones: its text cannot be told apart")
             # Their text was delivered with them.
             token_ids, logprobs, tops, text = token_ids[known:], logprobs[known:], tops[known:], ""
+        if response.finish_reason and first + known < have:
+            raise lost(f"the answer ends after {first + known} tokens, but {have} are here")
         return self._extend(response, token_ids, logprobs, tops, text)
 
     def _extend(
@@ -164,11 +182,11 @@ class AnswerLog:
         )
 
     def _take_start(self, start: inference_pb2.GenerateStart) -> None:
-        self._attempt_started = True
-        self.node_id = start.node_id
-        self._usage.cached_prompt_tokens = start.cached_prompt_tokens
         before = self._start
-        if before is not None and self.started:
+        if before is None or not self.started:
+            self._start = start
+            self.prompt_tokens = start.prompt_tokens or self.prompt_tokens
+        else:
             same_weights = "" in (before.base.digest, start.base.digest) or (
                 before.base.digest == start.base.digest
             )
@@ -176,9 +194,9 @@ class AnswerLog:
                 raise lost("the node would go on with another revision or base model")
             if before.prompt_tokens != start.prompt_tokens:
                 raise lost("the node tokenizes the prompt differently")
-            return
-        self._start = start
-        self.prompt_tokens = start.prompt_tokens or self.prompt_tokens
+        self._attempt_started = True
+        self.node_id = start.node_id
+        self._usage.cached_prompt_tokens = start.cached_prompt_tokens
 
     def _take_usage(self, usage: inference_pb2.Usage) -> None:
         self._usage = usage

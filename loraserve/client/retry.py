@@ -6,6 +6,8 @@ from loraserve.errors import LoraServeError, ResourceExhaustedError, Unavailable
 
 # The field of errors that gRPC itself made: no server of ours said anything.
 TRANSPORT_FIELD = "rpc"
+# The field of a node's errors that are about one adapter: the node serves the others.
+ADAPTER_FIELD = "adapter"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class RetryPolicy:
     budget_reserve: int = 10
     """Retries that are free at first, and saved up at most."""
     first_backoff_s: float = 0.05
-    """Before the second attempt where the server named no time; doubles."""
+    """Where the server named no time: the second attempt in a row follows at once, on another
+    node; this long before the third, twice as long before the fourth and so on."""
 
 
 class RetryBudget:
@@ -45,13 +48,18 @@ class RetryBudget:
         return True
 
 
-def node_is_lost(error: LoraServeError) -> bool:
-    """Whether the node is unreachable, draining or broken off: another one may cure it, and this one
-    should get nothing for a while."""
+def another_may(error: LoraServeError) -> bool:
+    """Whether another node may cure it: this one is unreachable, draining, broken off, or cannot
+    get the adapter."""
     if isinstance(error, UnavailableError):
         return True
     # A server that dies or is stopped shows itself as any of these, without a word of ours.
     return error.field == TRANSPORT_FIELD and error.code in ("INTERNAL", "CANCELLED")
+
+
+def node_is_lost(error: LoraServeError) -> bool:
+    """Whether nothing should be sent to the node for a while, whatever it is for."""
+    return another_may(error) and error.field != ADAPTER_FIELD
 
 
 class RetryState:
@@ -70,12 +78,11 @@ class RetryState:
 
         `progress`: the failed attempt brought tokens. `started`: some attempt did.
         """
-        lost = node_is_lost(error)
         full = isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None
-        self._fruitless = 1 if progress else self._fruitless + 1
+        self._fruitless = 0 if progress else self._fruitless + 1
         self._resumes += started
         if (
-            not (lost or full)
+            not (another_may(error) or full)
             or self._fruitless >= self._policy.max_attempts
             or self._resumes > self._policy.max_resumes
         ):
@@ -86,6 +93,6 @@ class RetryState:
         self.attempt += 1
         if isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None:
             return error.retry_after_s
-        if progress or self._fruitless <= 1:
+        if self._fruitless <= 1:
             return 0.0
         return float(self._policy.first_backoff_s * 2 ** (self._fruitless - 2))

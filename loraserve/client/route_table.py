@@ -136,11 +136,16 @@ class RouteBook:
         self._begun = None
 
     def take(self, update: RouteUpdate) -> bool:
-        """Applies an update. False where it is older than the table: then every delta that follows
-        it on this watch is for a table that we do not have, and the watch must be given up."""
-        if (update.epoch, update.version) < (self.table.epoch, self.table.version):
+        """Applies an update. False where it is older than the table, or not the next part of one
+        that has begun: then every delta that follows it on this watch is for a table that we do
+        not have, and the watch must be given up."""
+        at = (update.epoch, update.version)
+        if at < (self.table.epoch, self.table.version):
             return False
-        table = updated(self._begun or self.table, update)
+        begun = self._begun
+        if begun is not None and not update.full and at != (begun.epoch, begun.version):
+            return False
+        table = updated(begun or self.table, update)
         self._begun = table if update.more else None
         if not update.more:
             self.table = table

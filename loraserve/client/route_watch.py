@@ -118,8 +118,8 @@ class RouteWatch:
                 if not self._book.take(update_from_wire(message)):
                     raise UnavailableError(
                         "controller",
-                        f"has routes of epoch {message.epoch} version {message.version}, older than "
-                        f"ours of epoch {self.table.epoch} version {self.table.version}",
+                        f"has routes of epoch {message.epoch} version {message.version}, which do "
+                        f"not follow epoch {self.table.epoch} version {self.table.version}",
                     )
                 self._tries = 0
                 if message.more:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from loraserve.client.route_table import Holder, NodeRoute, RevisionRoute, RouteTable
+from loraserve.errors import InvalidArgumentError
 from loraserve.v1 import common_pb2
 
 _REFUSING = (common_pb2.RESIDENCY_STATE_DRAINING, common_pb2.RESIDENCY_STATE_FAILED)
@@ -58,14 +59,17 @@ class _NodeView:
     own: dict[int, tuple[float, int]] = field(default_factory=dict)
     failures: int = 0
     failed_until: float = float("-inf")
+    # The last request that was sent before the last failure.
+    failed_ticket: int = 0
 
 
 class Router:
     """Picks among the holders of an adapter by power of two choices.
 
-    Two candidates are drawn by weight; the one with less predicted added cost per weight gets the
-    request. Comparing two instead of taking the best of all keeps many clients with the same stale
-    view from all running to one node.
+    Two candidates are drawn by weight; the one with less work ahead per weight gets the request,
+    the first drawn where both have none, so that idle nodes share by weight. Comparing two instead
+    of taking the best of all keeps many clients with the same stale view from all running to one
+    node.
     """
 
     LOAD_HALF_LIFE_S = 2.0
@@ -116,10 +120,16 @@ class Router:
             view.own.pop(ticket, None)
 
     def observe(self, node_id: str, load: ObservedLoad) -> None:
-        """The node answered, and said how loaded it is."""
+        """The node said how loaded it is."""
         view = self._views.get(node_id)
         if view is not None:
             view.load, view.observed_at = load, self._clock()
+
+    def answered(self, node_id: str, ticket: int) -> None:
+        """The node answers the request of the ticket. One that was sent before a failure tells
+        nothing: a node that drains goes on with what it has and refuses what is new."""
+        view = self._views.get(node_id)
+        if view is not None and ticket > view.failed_ticket:
             view.failures, view.failed_until = 0, float("-inf")
 
     def failed(self, node_id: str, for_s: float | None = None) -> None:
@@ -129,6 +139,7 @@ class Router:
         if view is None:
             return
         now = self._clock()
+        view.failed_ticket = self._tickets
         if for_s is None:
             # Requests that fail together tell of one failure.
             if now >= view.failed_until:
@@ -140,11 +151,16 @@ class Router:
     # The choice
 
     def has_holder(self, request: RouteRequest) -> bool:
-        """Whether some node serves the adapter now; true for the base model."""
+        """Whether some node that takes requests serves the adapter now; true for the base model.
+
+        Raises InvalidArgumentError where the base must be named."""
         if request.adapter is None or self.table.every_node:
             return True
         route = self.table.find(request.base, request.adapter)
-        return route is not None and route.of(request.revision) is not None
+        if route is None:
+            return False
+        open_nodes = {node.node_id for node in self.table.nodes.values() if not node.draining}
+        return bool(self._holders(route.of(request.revision), open_nodes))
 
     def pick(self, request: RouteRequest) -> NodeRoute | None:
         """The node for the request, None where there is none.
@@ -167,6 +183,8 @@ class Router:
             found = self.table.find(base, request.adapter)
             if found is not None:
                 base, route = found.adapter.base, found.of(request.revision)
+        if not base:
+            self._check_one_base(request)
         usable = {
             node.node_id
             for node in self.table.nodes.values()
@@ -183,6 +201,15 @@ class Router:
         held = {h.node_id for h in holders}
         others = [h for h in anywhere if h.node_id not in held] if request.spill else []
         return holders, others, route.size_bytes if route else 0
+
+    def _check_one_base(self, request: RouteRequest) -> None:
+        """Any node would do, and its answer would be that of whatever base it serves."""
+        bases = self.table.bases() - {""}
+        if len(bases) > 1:
+            unknown = f", no route of {request.adapter!r} tells it" if request.adapter else ""
+            raise InvalidArgumentError(
+                "base", f"must be named{unknown}; nodes serve {', '.join(sorted(bases))}"
+            )
 
     @staticmethod
     def _holders(route: RevisionRoute | None, usable: set[str]) -> list[Holder]:
@@ -212,16 +239,16 @@ class Router:
         if not rest:
             return group[first].node_id
         pair = (group[first], rest[self._draw(rest)])
-        # Ties go to the first draw, which is random.
+        # Ties go to the first draw.
         return min(pair, key=lambda h: self.cost(h, size_bytes) / h.weight).node_id
 
     def cost(self, holder: Holder, size_bytes: int = 0) -> float:
-        """What is ahead of a new request on the node, in prompt tokens; at least 1."""
+        """What is ahead of a new request on the node, in prompt tokens; 0 where it is idle."""
         w, view, now = self._weights, self._views[holder.node_id], self._clock()
         load = view.load
-        trust = 0.5 ** ((now - view.observed_at) / self.LOAD_HALF_LIFE_S)
+        trust: float = 0.5 ** ((now - view.observed_at) / self.LOAD_HALF_LIFE_S)
         unseen = [tokens for sent, tokens in view.own.values() if sent >= view.observed_at]
-        cost = 1.0 + trust * load.queued_prefill_tokens + sum(unseen)
+        cost = trust * load.queued_prefill_tokens + sum(unseen)
         running = max(trust * load.running_requests + len(unseen), len(view.own))
         cost += w.running_request * running + w.queued_request * trust * load.queued_requests
         if load.total_pages:

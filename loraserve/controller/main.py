@@ -2,9 +2,7 @@
 
 import argparse
 import asyncio
-import contextlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,17 +10,16 @@ from pathlib import Path
 
 from loraserve.controller.server import ControllerOptions, ControllerServer
 from loraserve.controller.state import Settings
+from loraserve.daemon import CANNOT_START, DaemonParser, PortFile, other_tasks_end
 from loraserve.errors import LoraServeError
 from loraserve.placement.policies import DEFAULT_POLICY, POLICIES
 from loraserve.security import TlsFiles
 
 _log = logging.getLogger("loraserve.controller")
 
-CANNOT_START = 2
-
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = DaemonParser(
         prog="loraserve-controller",
         description="Keeps the adapters of a cluster, places them on nodes and publishes routes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -76,34 +73,31 @@ def _check(arguments: argparse.Namespace) -> None:
         _parser().error("--heartbeat-period: from 0.01 to 3600 seconds")
     if arguments.replicas < 1 or arguments.missed_heartbeats < 1:
         _parser().error("--replicas and --missed-heartbeats: at least 1")
-
-
-def write_port_file(path: Path | None, address: str) -> None:
-    """Whole or not at all, so that a script that waits for the file never reads half of it."""
-    if path is not None:
-        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
-        staged.write_text(address + "\n")
-        os.replace(staged, path)
+    if not 0 < arguments.placement_interval < float("inf"):
+        _parser().error("--placement-interval: over 0 seconds")
+    if arguments.metrics_port_file and not arguments.metrics_listen:
+        _parser().error("--metrics-port-file goes with --metrics-listen")
 
 
 async def _serve(server: ControllerServer, arguments: argparse.Namespace) -> None:
+    port_file = PortFile("port-file", arguments.port_file)
+    metrics_port_file = PortFile("metrics-port-file", arguments.metrics_port_file)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     try:
         await server.start()
-        write_port_file(arguments.port_file, server.address)
-        write_port_file(arguments.metrics_port_file, server.metrics_address)
+        port_file.write(server.address)
+        metrics_port_file.write(server.metrics_address)
         if server.metrics_address:
             _log.info("metrics on http://%s/metrics", server.metrics_address)
         await stopping.wait()
         _log.info("stopping")
     finally:
         await server.stop()
-        for path in (arguments.port_file, arguments.metrics_port_file):
-            if path is not None:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        port_file.remove()
+        metrics_port_file.remove()
+        await other_tasks_end()
     _log.info("stopped")
 
 

@@ -10,6 +10,7 @@ from loraserve.controller.events import AdapterAdded, AdapterRemoved, AdapterUpd
 from loraserve.controller.runtime import Runtime
 from loraserve.controller.state import MAX_HISTORY
 from loraserve.controller.store import AdapterRecord
+from loraserve.controller.whole import whole
 from loraserve.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -22,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 
 class AdapterRegistry:
-    """One change at a time, so that a blob is never removed while another name takes it up."""
+    """One change at a time, so that a blob is never removed while another name takes it up; each
+    goes to its end once it has begun, whatever becomes of its caller."""
 
     def __init__(self, runtime: Runtime, blobs: DurableStore, clock_us: Callable[[], int]) -> None:
         """`clock_us`: microseconds since 1970."""
@@ -64,6 +66,9 @@ class AdapterRegistry:
 
     async def add(self, spec: AdapterSpec, blob: Path) -> AdapterRecord:
         """A new adapter with the packed bytes in `blob`. Raises AlreadyExistsError, OSError."""
+        return await whole(self._add(spec, blob))
+
+    async def _add(self, spec: AdapterSpec, blob: Path) -> AdapterRecord:
         async with self._changing:
             self.check_free(spec.adapter)
             now = self._clock_us()
@@ -79,6 +84,11 @@ class AdapterRegistry:
         """Points the name to `spec`, whose packed bytes are in `blob`, or in the store already.
 
         Raises NotFoundError, FailedPreconditionError (expected_revision), OSError."""
+        return await whole(self._update(spec, blob, expected_revision))
+
+    async def _update(
+        self, spec: AdapterSpec, blob: Path | None, expected_revision: str | None
+    ) -> AdapterRecord:
         async with self._changing:
             old = self.find(spec.adapter.tenant, spec.adapter.base, spec.adapter.name)
             if expected_revision is not None and old.history[0].revision != expected_revision:
@@ -99,6 +109,9 @@ class AdapterRegistry:
 
     async def remove(self, adapter: AdapterId) -> None:
         """Raises NotFoundError, OSError."""
+        await whole(self._remove(adapter))
+
+    async def _remove(self, adapter: AdapterId) -> None:
         async with self._changing:
             record = self.find(adapter.tenant, adapter.base, adapter.name)
             await asyncio.to_thread(self._runtime.store.remove_adapter, adapter)

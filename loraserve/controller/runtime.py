@@ -23,6 +23,7 @@ from loraserve.controller.events import (
 from loraserve.controller.routes import RouteTable
 from loraserve.controller.state import ControllerState, Settings
 from loraserve.controller.store import StateStore
+from loraserve.controller.whole import whole
 from loraserve.placement.types import AdapterId, PlacementPolicy
 
 _log = logging.getLogger(__name__)
@@ -88,7 +89,11 @@ class Runtime:
         return cls(state, store, settings)
 
     async def apply(self, event: Event) -> list[Effect]:
-        """Takes one event, carries its effects out. Raises what `ControllerState.step` raises."""
+        """Takes one event, carries its effects out, all of them even if the caller is cancelled.
+        Raises what `ControllerState.step` raises."""
+        return await whole(self._apply(event))
+
+    async def _apply(self, event: Event) -> list[Effect]:
         async with self._lock:
             effects = self.state.step(event)
             publish = False

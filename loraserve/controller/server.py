@@ -31,7 +31,7 @@ from loraserve.errors import InvalidArgumentError
 from loraserve.placement.policies import DEFAULT_POLICY, policy_named
 from loraserve.security import TlsFiles, authenticator, server_credentials
 from loraserve.v1 import adapter_pb2, adapter_pb2_grpc, controller_pb2, controller_pb2_grpc
-from loraserve.wire import SERVER_OPTIONS, bind
+from loraserve.wire import SERVER_OPTIONS, bind, split_address
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class ControllerServer:
     def __init__(self, options: ControllerOptions) -> None:
         """Raises LoraServeError for options that cannot work; nothing listens yet."""
         self._options = options
+        split_address(options.listen, "listen")
         gate = authenticator(options.listen, options.keys, options.tls)
         policy = policy_named(options.policy)
         self._credentials = server_credentials(options.tls) if options.tls else None

@@ -13,16 +13,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from loraserve.errors import (
-    LoraServeError,
-    NotFoundError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
+from loraserve.errors import LoraServeError, NotFoundError, UnavailableError
 from loraserve.node.engine_api import ServedEngine
 from loraserve.node.held import DRAINING, FAILED, FETCHING, HOST, HeldAdapter, refusal
-from loraserve.node.limits import RETRY_AFTER_S, Limits, full
+from loraserve.node.limits import Limits, full
 from loraserve.node.requests import LiveRequest
+from loraserve.node.room import copies_to_evict
 from loraserve.node.sources import AdapterFetch, Packed
 from loraserve.placement.types import AdapterId, AdapterSpec
 from loraserve.v1 import common_pb2
@@ -162,7 +158,8 @@ class HeldAdapters:
             held = copies.get(revision)
         else:
             able = (h for h in copies.values() if h.state != DRAINING)
-            held = max(able, key=lambda h: h.serial, default=None)
+            # An older one that comes is worth more than a newer one that failed.
+            held = max(able, key=lambda h: (h.state != FAILED, h.serial), default=None)
         if held is None or held.state in (HOST, FETCHING):
             return held
         if held.state == DRAINING:
@@ -201,12 +198,14 @@ class HeldAdapters:
         copies = self._held.get(spec.adapter, {})
         known = copies.get(spec.revision)
         if known is not None:
-            known.placed = known.placed or placed
             if known.state == DRAINING and not known.unloading and known.dropping is not None:
+                if not known.users:  # it may have been evicted for another
+                    self._make_room(known.spec, placed)
                 known.dropping.cancel()
                 known.dropping = None
                 known.state = HOST
                 self._changed()
+            known.placed = known.placed or placed
             if known.state in (HOST, FETCHING):
                 return known
         self._make_room(spec, placed)
@@ -215,6 +214,8 @@ class HeldAdapters:
             held.placed = placed or known.placed
         self._held.setdefault(spec.adapter, {})[spec.revision] = held
         held.loading = asyncio.create_task(self._load(held))
+        # Also where it is cancelled before it could do anything.
+        held.loading.add_done_callback(lambda _: held.settled.set())
         self._changed()
         return held
 
@@ -230,37 +231,11 @@ class HeldAdapters:
         self._changed()
 
     def _make_room(self, spec: AdapterSpec, placed: bool) -> None:
-        """Evicts the coldest copies that nobody uses or has placed here."""
-        limit = self._limits.adapter_memory_bytes
-        if spec.size_bytes > limit:
-            raise ResourceExhaustedError(
-                "adapter_memory_bytes", f"{spec.adapter}: {spec.size_bytes} bytes, of {limit} here"
-            )
-        counted = [
-            h
-            for h in self._all()
-            if h.state != FAILED
-            and not h.unloading
-            # A placed revision may stand beside the one that it replaces: that one goes only when
-            # this one serves.
-            and not (
-                h.spec.adapter == spec.adapter and (placed or h.spec.revision == spec.revision)
-            )
-        ]
-        taken = sum(h.spec.size_bytes for h in counted)
-        idle = [h for h in counted if h.state == HOST and not h.users and not h.placed]
-        for held in sorted(idle, key=lambda h: h.used_s):
-            if taken + spec.size_bytes <= limit:
-                break
+        """Evicts what is in the way of `spec`. Raises ResourceExhaustedError."""
+        limit_bytes = self._limits.adapter_memory_bytes
+        for held in copies_to_evict(self._all(), spec, placed, limit_bytes):
             _log.info("evicting %s revision %s", held.spec.adapter, held.spec.revision[:12])
-            taken -= held.spec.size_bytes
             self.begin_drop(held)
-        if taken + spec.size_bytes > limit:
-            raise ResourceExhaustedError(
-                "adapter_memory_bytes",
-                f"{spec.adapter} needs {spec.size_bytes} bytes, {taken} of {limit} are in use",
-                RETRY_AFTER_S,
-            )
 
     async def _load(self, held: HeldAdapter) -> None:
         spec, start = held.spec, self._clock()
@@ -274,9 +249,6 @@ class HeldAdapters:
                     self._make_room(held.spec, held.placed)
                 held.installing = True
                 await self._in_thread(lambda: self._engine.load_adapter(held.engine_name, packed))
-        except asyncio.CancelledError:
-            held.settled.set()
-            raise
         except Exception as error:
             typed = error if isinstance(error, LoraServeError) else None
             if typed is None:
@@ -287,7 +259,6 @@ class HeldAdapters:
             self._changed()
             return
         if held.dropping is not None:  # it was dropped while the engine was reading it
-            held.settled.set()
             return
         seconds = self._clock() - start
         held.state, held.used_s = HOST, self._clock()
@@ -309,7 +280,9 @@ class HeldAdapters:
         are ended. `dropping` of the copy ends when it is gone, unless it is wanted again."""
         if held.dropping is not None:
             if timeout_s is not None:
-                asyncio.get_running_loop().call_later(timeout_s, self._end_users, held)
+                asyncio.get_running_loop().call_later(
+                    timeout_s, self._end_users, held, held.dropping
+                )
             return
         held.placed = False
         if held.state == HOST:
@@ -324,8 +297,8 @@ class HeldAdapters:
         self._cleanups.add(held.dropping)
         held.dropping.add_done_callback(self._cleanups.discard)
 
-    def _end_users(self, held: HeldAdapter) -> None:
-        if held.dropping is None:  # wanted again
+    def _end_users(self, held: HeldAdapter, dropping: "asyncio.Task[None] | None") -> None:
+        if held.dropping is not dropping:  # wanted again since
             return
         for user in list(held.users):
             user.end(UnavailableError("adapter", "was unloaded"))
@@ -338,7 +311,7 @@ class HeldAdapters:
         try:
             await asyncio.wait_for(held.idle.wait(), timeout_s)
         except asyncio.TimeoutError:
-            self._end_users(held)
+            self._end_users(held, asyncio.current_task())
             await held.idle.wait()
         if held.dropping is not asyncio.current_task():  # wanted again in this very moment
             return

@@ -15,7 +15,7 @@ import grpc.aio
 from loraserve.errors import LoraServeError, NotFoundError, UnavailableError
 from loraserve.node.commands import Commands
 from loraserve.node.convert import adapter_id_to_wire, load_from_wire, seconds
-from loraserve.node.demand import sample_to_wire
+from loraserve.node.demand import Sample, sample_to_wire
 from loraserve.node.node import Node
 from loraserve.node.node_service import software_version
 from loraserve.placement.types import AdapterId, AdapterSpec
@@ -76,6 +76,8 @@ class ControllerLink:
         self._changed = asyncio.Event()
         self._commands = Commands(node, self.wake)
         self._told: str | None = None
+        # What was sent since the controller's last word: it may never have arrived.
+        self._unanswered: list[Sample] = []
         self._flushes: list[asyncio.Future[None]] = []
         self.epoch = 0
         self.registered = asyncio.Event()
@@ -157,11 +159,11 @@ class ControllerLink:
             while not listening.done():
                 self._changed.clear()
                 sample = self._node.demand.take()
+                self._unanswered.append(sample)
                 flushes, self._flushes = self._flushes, []
                 try:
                     await call.write(self._heartbeat(sample_to_wire(sample)))
                 except BaseException:
-                    self._node.demand.give_back(sample)
                     self._flushes += flushes
                     raise
                 for flush in flushes:
@@ -182,6 +184,9 @@ class ControllerLink:
             await asyncio.wait({listening})
             if not listening.cancelled():
                 listening.exception()  # raised above, where it mattered
+            for sample in self._unanswered:
+                self._node.demand.give_back(sample)
+            self._unanswered = []
 
     async def _listen(self, call: Any) -> None:
         """Returns where the node must register again."""
@@ -193,6 +198,7 @@ class ControllerLink:
             if response.must_register:
                 _log.info("the controller does not know this node: registering again")
                 return
+            self._unanswered = []
             for command in response.commands:
                 self._commands.apply(command)
             if response.commands:

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import os
 import platform
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from loraserve.daemon import CANNOT_START, DaemonParser, PortFile, other_tasks_end
 from loraserve.errors import InvalidArgumentError, LoraServeError
 from loraserve.node.limits import Limits
 from loraserve.node.model import ModelOptions, device_of, open_model, read_adapter
@@ -19,8 +19,6 @@ from loraserve.node.server import NodeOptions, NodeServer
 from loraserve.security import TlsFiles
 
 _log = logging.getLogger("loraserve.node")
-
-CANNOT_START = 2
 
 
 def _adapter(text: str) -> tuple[str, Path]:
@@ -31,7 +29,7 @@ def _adapter(text: str) -> tuple[str, Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = DaemonParser(
         prog="loraserve-node",
         description="Serves one base model and the LoRA adapters that the controller places here.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -90,6 +88,11 @@ def _check(arguments: argparse.Namespace) -> None:
             _parser().error(f"--{name.replace('_', '-')}: at least {lowest}")
     if not arguments.controller and (arguments.controller_key or arguments.tls_ca):
         _parser().error("--controller-key and --tls-ca go with --controller")
+    names = [name for name, _ in arguments.adapter]
+    if len(set(names)) != len(names):
+        _parser().error("--adapter: a name is given twice")
+    if arguments.metrics_port_file and not arguments.metrics_listen:
+        _parser().error("--metrics-port-file goes with --metrics-listen")
 
 
 def _key(path: Path | None) -> str | None:
@@ -154,15 +157,9 @@ def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
     )
 
 
-def write_port_file(path: Path | None, address: str) -> None:
-    """Whole or not at all, so that a script that waits for the file never reads half of it."""
-    if path is not None:
-        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
-        staged.write_text(address + "\n")
-        os.replace(staged, path)
-
-
 async def _serve(server: NodeServer, arguments: argparse.Namespace) -> None:
+    port_file = PortFile("port-file", arguments.port_file)
+    metrics_port_file = PortFile("metrics-port-file", arguments.metrics_port_file)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -175,18 +172,17 @@ async def _serve(server: NodeServer, arguments: argparse.Namespace) -> None:
             # The thread that loads cannot be interrupted, and nothing is there yet to be saved.
             os._exit(0)
         starting.result()
-        write_port_file(arguments.port_file, server.address)
-        write_port_file(arguments.metrics_port_file, server.metrics_address)
+        port_file.write(server.address)
+        metrics_port_file.write(server.metrics_address)
         if server.metrics_address:
             _log.info("metrics on http://%s/metrics", server.metrics_address)
         await waiting
     finally:
         waiting.cancel()
-        for path in (arguments.port_file, arguments.metrics_port_file):
-            if path is not None:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        port_file.remove()
+        metrics_port_file.remove()
         await server.stop()
+        await other_tasks_end()
     _log.info("stopped")
 
 

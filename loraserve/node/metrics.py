@@ -62,11 +62,11 @@ class NodeMetrics:
 
     def serve(self, address: str) -> "MetricsServer":
         """Serves /metrics by HTTP on loopback. Raises InvalidArgumentError, UnavailableError."""
+        host, port = split_address(address, "metrics-listen")
         if not is_loopback(address):
             raise InvalidArgumentError(
                 "metrics-listen", f"{address}: metrics carry no key and stay on loopback"
             )
-        host, port = split_address(address)
         try:
             server, thread = start_http_server(port, host, self.registry)
         except OSError as error:

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from loraserve.errors import AlreadyExistsError, CancelledError, LoraServeError
 from loraserve.node.limits import full
 
+# A request that was ended waits so long for its client to read what was written before.
+STALLED_S = 5.0
+
 
 class LiveRequest:
-    """One attempt of one request. `abort` is set once the engine has it."""
+    """One attempt of one request. `abort` is set once the engine has it; `task` is the one that
+    writes the answer."""
 
     def __init__(self, tenant: str, request_id: str, attempt: int) -> None:
         self.tenant = tenant
@@ -16,6 +20,9 @@ class LiveRequest:
         self.attempt = attempt
         self.queued_prefill_tokens = 0
         self.abort: Callable[[], None] | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.cut_off = False
+        self._timers: list[asyncio.TimerHandle] = []
         self.ended_by: LoraServeError | None = None
         # Done when somebody ends the request from outside before the engine has it.
         self.stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -31,6 +38,22 @@ class LiveRequest:
             self.stopped.set_result(None)
         if self.abort is not None:
             self.abort()
+        self._timers.append(asyncio.get_running_loop().call_later(STALLED_S, self._cut_off))
+
+    def end_after(self, seconds: float, error: LoraServeError) -> None:
+        """Ends the request with `error` unless it is gone by then."""
+        self._timers.append(asyncio.get_running_loop().call_later(seconds, self.end, error))
+
+    def _cut_off(self) -> None:
+        """The client does not read: what the request holds must not wait for that."""
+        if self.task is not None and not self.cut_off:
+            self.cut_off = True
+            self.task.cancel()
+
+    def gone(self) -> None:
+        """Nothing is to be ended any more."""
+        for timer in self._timers:
+            timer.cancel()
 
 
 class LiveRequests:
@@ -64,7 +87,8 @@ class LiveRequests:
             raise AlreadyExistsError(
                 "request_id", f"{request_id!r} runs here in attempt {known.attempt}"
             )
-        if known is None and len(self) >= self._max_requests:
+        # The one that is replaced makes room for the new one as soon as it has ended.
+        if len(self) - (known is not None) >= self._max_requests:
             raise full("requests", len(self))
         if known is not None:
             self._replaced.add(known)
@@ -74,6 +98,7 @@ class LiveRequests:
         return made
 
     def remove(self, request: LiveRequest) -> None:
+        request.gone()
         key = (request.tenant, request.request_id)
         if self._live.get(key) is request:
             del self._live[key]

@@ -17,7 +17,7 @@ from grpc_health.v1 import (
 from grpc_reflection.v1alpha import reflection
 
 from loraserve.checkpoint.durable_store import DurableStore
-from loraserve.errors import InvalidArgumentError, UnavailableError
+from loraserve.errors import InvalidArgumentError, LoraServeError, UnavailableError
 from loraserve.node.engine_api import LoadedModel
 from loraserve.node.heartbeat import ControllerClient, ControllerLink
 from loraserve.node.limits import Limits
@@ -97,7 +97,10 @@ class NodeServer:
         check_base("base", options.base)
         for name in options.adapters:
             check_name("adapter", name)
-        host, _ = split_address(options.advertise or options.listen)
+        split_address(options.listen, "listen")
+        if options.controller:
+            split_address(options.controller, "controller")
+        host, _ = split_address(options.advertise or options.listen, "advertise")
         if options.controller and host in _WILDCARDS:
             raise InvalidArgumentError("advertise", "is needed where the node listens on any host")
         self._options = options
@@ -111,6 +114,8 @@ class NodeServer:
         self._metrics_server: MetricsServer | None = None
         self._server: grpc.aio.Server | None = None
         self._channel: grpc.aio.Channel | None = None
+        # Made, and ready: with the adapters that it starts with.
+        self._made: Node | None = None
         self._node: Node | None = None
         self._link: ControllerLink | None = None
         self._linking: asyncio.Task[None] | None = None
@@ -143,17 +148,23 @@ class NodeServer:
             *(model.facts.base, model.engine.backend_name),
             *(model.facts.context_tokens, model.facts.vocabulary_size),
         )
-        node = self._make_node(model)
+        self._made = node = self._make_node(model)
         for name, path in self._options.adapters.items():
-            packed = await asyncio.to_thread(self._read_adapter, path)
-            await node.adapters.hold(AdapterId(DEFAULT_TENANT, self._options.base, name), packed)
-            _log.info("adapter %s from %s: rank %d", name, path, packed.max_rank)
+            await self._hold(node, name, path)
         self._node = node
         if self._channel is not None:
             self._link = ControllerLink(self._client, node, self._options.advertise or self.address)
             self._linking = asyncio.create_task(self._link.run())
         await self._tell_health(health_pb2.HealthCheckResponse.SERVING)
         _log.info("node %s serves on %s", self._options.node_id, self.address)
+
+    async def _hold(self, node: Node, name: str, path: Path) -> None:
+        try:
+            packed = await asyncio.to_thread(self._read_adapter, path)
+            await node.adapters.hold(AdapterId(DEFAULT_TENANT, self._options.base, name), packed)
+        except LoraServeError as error:
+            raise InvalidArgumentError(f"adapter {name}", str(error)) from None
+        _log.info("adapter %s from %s: rank %d", name, path, packed.max_rank)
 
     async def _listen(self) -> None:
         options = self._options
@@ -179,7 +190,6 @@ class NodeServer:
         options = self._options
         if not options.controller:
             return
-        split_address(options.controller)
         tls = options.controller_tls
         self._channel = dial(options.controller, channel_credentials(tls) if tls else None)
         self._metadata = bearer_metadata(options.controller_key)
@@ -236,8 +246,8 @@ class NodeServer:
                 await self._linking
         if self._server is not None:
             await self._server.stop(_STOP_GRACE_S)
-        if self._node is not None:
-            await self._node.close()
+        if self._made is not None:
+            await self._made.close()
         if self._channel is not None:
             await self._channel.close()
         if self._metrics_server is not None:

@@ -10,7 +10,7 @@ from loraserve.errors import (
     CancelledError,
     DeadlineExceededError,
     LoraServeError,
-    UnsupportedError,
+    UnimplementedError,
 )
 from loraserve.node.answer import Answer
 from loraserve.node.convert import check_base_of_node, seconds
@@ -38,7 +38,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     @typed_errors
     async def StepStream(self, requests: Any, context: Any) -> None:  # type: ignore[override]
-        raise UnsupportedError("StepStream", "is not offered by this version; use Generate")
+        raise UnimplementedError("StepStream", "is not offered by this version; use Generate")
 
     @typed_errors
     async def Generate(  # type: ignore[override]
@@ -69,6 +69,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         adapter = _adapter(request.adapter, tenant, node.facts.base)
         deadline_s = arrival_s + _time_left(request, context)
         live = node.requests.add(tenant, request.request_id, request.attempt)
+        live.task = asyncio.current_task()
+        live.end_after(
+            deadline_s - time.monotonic(), DeadlineExceededError("deadline", "has passed")
+        )
         held: HeldAdapter | None = None
         try:
             prompt_ids = await _prompt_ids(node, request)
@@ -89,6 +93,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 loop=asyncio.get_running_loop(),
             )
             await _write(stream, answer, live, context)
+        except asyncio.CancelledError:
+            if live.cut_off:
+                raise live.ended_by or _aborted() from None
+            raise
         finally:
             if held is not None:
                 node.adapters.release(held, live)
@@ -175,10 +183,14 @@ def _discard(node: Node, task: "asyncio.Task[HeldAdapter]", live: LiveRequest) -
         node.adapters.release(task.result(), live)
 
 
+def _aborted() -> CancelledError:
+    return CancelledError("request_id", "the request was aborted")
+
+
 def _left(live: LiveRequest, deadline_s: float) -> float:
     """Seconds that the request has. Raises DeadlineExceededError, or what ended the request."""
     if live.stopped.done():
-        raise live.ended_by or CancelledError("request_id", "the request was aborted")
+        raise live.ended_by or _aborted()
     left_s = deadline_s - time.monotonic()
     if left_s <= 0:
         raise DeadlineExceededError("deadline", "has passed")

@@ -1,11 +1,13 @@
 """Where a node gets the bytes of a packed adapter, and how it checks them before use."""
 
 import asyncio
+import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -29,6 +31,7 @@ _log = logging.getLogger(__name__)
 STALL_S = 30.0
 
 Blob = Path | bytes
+T = TypeVar("T")
 
 
 class Packed(Protocol):
@@ -65,6 +68,33 @@ class AdapterSource(Protocol):
         more than `max_bytes`, UnavailableError."""
 
 
+async def _in_daemon_thread(call: Callable[[], T]) -> T:
+    """As asyncio.to_thread; but a call that never returns takes no thread of the pool from others,
+    and does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: Exception | None) -> None:
+        if done.done():  # nobody waits any more
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(cast(T, result))
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = call()
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="store-read", daemon=True).start()
+    return await done
+
+
 class StoreSource:
     """A durable store that this node reaches itself. A local one is mapped, not copied."""
 
@@ -76,7 +106,7 @@ class StoreSource:
     async def fetch(self, revision: str, max_bytes: int) -> Blob:
         try:
             return await asyncio.wait_for(
-                asyncio.to_thread(self._read, revision, max_bytes), 20 * STALL_S
+                _in_daemon_thread(lambda: self._read(revision, max_bytes)), 20 * STALL_S
             )
         except asyncio.TimeoutError:
             raise UnavailableError("store", f"took over {20 * STALL_S:g} s") from None
@@ -131,6 +161,8 @@ class ControllerSource:
             raise UnavailableError("controller", f"sent nothing for {STALL_S:g} s") from None
         finally:
             call.cancel()
+        if size is None:
+            raise UnavailableError("controller", "ended without a word")
         if len(blob) != size:
             raise UnavailableError("controller", f"ended after {len(blob)} of {size} bytes")
         return bytes(blob)
@@ -165,6 +197,9 @@ class AdapterFetch:
             except LoraServeError as error:
                 failure = error
                 _log.warning("adapter %s: %s cannot give it: %s", spec.adapter, source.name, error)
+            except Exception:  # of a file system's driver; the next source may do better
+                failure = UnavailableError(source.name, "failed; the node's log says why")
+                _log.exception("adapter %s: %s failed", spec.adapter, source.name)
         raise failure or NotFoundError("adapter", "this node has no source of adapters")
 
 

@@ -180,9 +180,10 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         try:
             bearer = self._bearer(handler_call_details)
             if bearer is None and self._certificates:
-                handler = await continuation(handler_call_details)
-                if handler is None or method not in ACCESS:
-                    raise PermissionDeniedError("method", f"no such RPC: {method}")
+                # Who calls is known with the connection only; what is called can be checked now.
+                handler = await continuation(handler_call_details) if method in ACCESS else None
+                if handler is None:
+                    raise PermissionDeniedError("method", f"no such RPC here: {method}")
                 return _checked_by_certificate(method, handler)
             identity = self._everyone
             if bearer is not None and self._keys is not None:

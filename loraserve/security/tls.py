@@ -1,5 +1,6 @@
 """TLS and mutual TLS from files. gRPC takes TLS 1.2 and 1.3 and checks host names itself."""
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +37,37 @@ def _read(field: str, path: Path | None) -> bytes | None:
     return data
 
 
+def _check(files: TlsFiles, ca_field: str) -> None:
+    """Raises InvalidArgumentError that names the file which is no use."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for field, path in (("tls-cert", files.cert), (ca_field, files.ca)):
+        if path is not None:
+            try:
+                context.load_verify_locations(path)
+            except OSError as error:  # which ssl.SSLError is
+                raise InvalidArgumentError(field, f"{path}: {error.strerror or error}") from None
+    if files.cert is not None and files.key is not None:
+        try:
+            context.load_cert_chain(files.cert, files.key, password="")  # never asks for one
+        except OSError as error:
+            raise InvalidArgumentError(
+                "tls-key", f"{files.key} with {files.cert}: {error.strerror or error}"
+            ) from None
+
+
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     """Raises InvalidArgumentError that names the file."""
     cert, key = _read("tls-cert", files.cert), _read("tls-key", files.key)
     ca = _read("tls-client-ca", files.ca)
     if cert is None or key is None:
         raise InvalidArgumentError("tls", "a server needs a certificate and a key")
+    _check(files, "tls-client-ca")
     return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
 
 
 def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
     """Raises InvalidArgumentError that names the file."""
-    return grpc.ssl_channel_credentials(
-        _read("tls-ca", files.ca), _read("tls-key", files.key), _read("tls-cert", files.cert)
-    )
+    ca = _read("tls-ca", files.ca)
+    cert, key = _read("tls-cert", files.cert), _read("tls-key", files.key)
+    _check(files, "tls-ca")
+    return grpc.ssl_channel_credentials(ca, key, cert)

@@ -69,12 +69,12 @@ class Site:
         return answer.adapter
 
     async def get(self, name: str, who: str = "acme") -> Any:
-        ref = common_pb2.AdapterRef(base="base", name=name)
+        ref = common_pb2.AdapterRef(name=name)
         request = adapter_pb2.GetAdapterRequest(adapter=ref)
         return (await self.adapters.GetAdapter(request, metadata=self.auth(who))).adapter
 
-    async def delete(self, name: str, who: str = "acme") -> None:
-        ref = common_pb2.AdapterRef(base="base", name=name)
+    async def delete(self, name: str, who: str = "acme", base: str = "base") -> None:
+        ref = common_pb2.AdapterRef(base=base, name=name)
         request = adapter_pb2.DeleteAdapterRequest(adapter=ref)
         await self.adapters.DeleteAdapter(request, metadata=self.auth(who))
 
@@ -106,20 +106,24 @@ def pieces(data: bytes, size: int = 1 << 20) -> Iterator[bytes]:
 
 
 @contextlib.asynccontextmanager
-async def controller(directory: Path, **options: Any) -> AsyncIterator[Site]:
-    """With keys: users `acme` and `zeta`, `node` and `admin`."""
+async def controller(
+    directory: Path, keys: dict[str, str] | None = None, **options: Any
+) -> AsyncIterator[Site]:
+    """With keys: users `acme` and `zeta`, `node` and `admin`. `keys`: those of an earlier start,
+    none where it is empty."""
     path = directory / "keys.jsonl"
-    path.unlink(missing_ok=True)
-    keys = {
-        "acme": create_key(path, "acme", "acme", Role.USER),
-        "zeta": create_key(path, "zeta", "zeta", Role.USER),
-        "node": create_key(path, "node", "cluster", Role.NODE),
-        "admin": create_key(path, "admin", "acme", Role.ADMIN),
-    }
+    if keys is None:
+        path.unlink(missing_ok=True)
+        keys = {
+            "acme": create_key(path, "acme", "acme", Role.USER),
+            "zeta": create_key(path, "zeta", "zeta", Role.USER),
+            "node": create_key(path, "node", "cluster", Role.NODE),
+            "admin": create_key(path, "admin", "acme", Role.ADMIN),
+        }
     chosen: dict[str, Any] = {
         "listen": "127.0.0.1:0",
         "data_dir": directory / "data",
-        "keys": path,
+        "keys": path if keys else None,
         "settings": Settings(tick_seconds=TICK_S, silent_ticks=5),
         "inspector": fake_inspector,
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc.aio
 
+from loraserve.controller.admission import PackedFacts
 from loraserve.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -164,6 +165,12 @@ def read_fake(source: Blob) -> Packed:
     return FakePacked(chr(data[0]) * 64, len(data))
 
 
+def inspect_fake(path: Path) -> PackedFacts:
+    """Admission's view of the same."""
+    packed = read_fake(path)
+    return PackedFacts(packed.revision, BASE, packed.size_bytes, packed.max_rank)
+
+
 class FakeSource:
     """Blobs by revision. `gate`, where set, holds every fetch until it is set."""
 
@@ -200,11 +207,10 @@ async def serving(
 ) -> AsyncIterator[tuple[NodeServer, grpc.aio.Channel]]:
     """A whole node on a free loopback port, and a channel to it."""
     given = NodeOptions(
-        node_id="n1",
         base=BASE,
         limits=limits or Limits(),
         store=str(store) if store else None,
-        **{"drain_timeout_s": 0.2, **options},
+        **{"node_id": "n1", "drain_timeout_s": 0.2, **options},
     )
     server = NodeServer(given, lambda: LoadedModel(engine, FACTS), read_fake, read_fake)
     on_server(server)

@@ -3,44 +3,27 @@
 import asyncio
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from daemon_process import address_in, finish, start
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loraserve.controller.main import main
 from loraserve.wire import dial
 
-COMMAND = [sys.executable, "-m", "loraserve.controller.main"]
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    words = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    try:
-        _, errors = process.communicate(timeout=20)
-    finally:
-        process.kill()
-        process.wait()
-    return process.returncode, errors
+MODULE = "loraserve.controller.main"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_serves_until_a_signal_and_exits_cleanly(tmp_path: Path, number: int) -> None:
     port_file = tmp_path / "port"
     process = start(
-        "--listen", "127.0.0.1:0", "--data-dir", tmp_path / "data", "--port-file", port_file
+        *(MODULE, "--listen", "127.0.0.1:0", "--data-dir", tmp_path / "data"),
+        *("--port-file", port_file),
     )
-    deadline = time.monotonic() + 15
-    while not port_file.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    address = port_file.read_text().strip()
+    address = address_in(port_file, process)
 
     async def health() -> Any:
         async with dial(address) as channel:
@@ -62,25 +45,60 @@ def test_it_serves_until_a_signal_and_exits_cleanly(tmp_path: Path, number: int)
     assert not port_file.exists()
 
 
-def test_what_keeps_it_from_starting_is_one_line_and_code_2(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    (tmp_path / "file").write_text("x")
+def test_a_second_one_takes_nothing_from_the_first(tmp_path: Path) -> None:
+    port_file = tmp_path / "port"
+    shared = ("--data-dir", tmp_path / "data", "--port-file", port_file)
+    first = start(MODULE, "--listen", "127.0.0.1:0", *shared)
+    address = address_in(port_file, first)
+    for arguments, told in (
+        (("--listen", "127.0.0.1:0", *shared), "data-dir: "),
+        (("--listen", address, "--data-dir", tmp_path / "2", "--port-file", port_file), "listen: "),
+    ):
+        code, errors = finish(start(MODULE, *arguments))
+        assert code == 2
+        assert errors.splitlines()[-1].startswith(f"loraserve-controller: {told}")
+    assert port_file.read_text().strip() == address
+    first.send_signal(signal.SIGTERM)
+    assert finish(first)[0] == 0
+    assert not port_file.exists()
+
+
+def test_what_keeps_it_from_starting_is_one_line_and_code_2(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data-dir", tmp_path / "data")
+    file = tmp_path / "file"
+    file.write_text("x")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         free = ("--listen", "127.0.0.1:0")
-        quiet = ("--log-level", "error")
-        cases = [
-            (("--listen", f"127.0.0.1:{port}", "--data-dir", data), f"127.0.0.1:{port}"),
-            ((*free, "--data-dir", tmp_path / "file"), "data-dir"),
-            (("--listen", "0.0.0.0:0", "--data-dir", data / "2"), "key file"),
-            ((*free, "--data-dir", data / "3", "--keys", tmp_path / "file"), "keys file:1"),
-            ((*free, "--data-dir", data / "4", "--tls-cert", tmp_path / "file"), "go together"),
-            (("--listen", "nonsense", "--data-dir", data / "5"), "host:port"),
+        cases: list[tuple[tuple[object, ...], str]] = [
+            (("--listen", f"127.0.0.1:{port}", *data), f"listen: cannot bind 127.0.0.1:{port}"),
+            ((*free,), "--data-dir"),
+            ((*free, "--data-dir", file), "data-dir: "),
+            (("--listen", "0.0.0.0:0", *data), "keys: listening on 0.0.0.0:0"),
+            (("--listen", "nonsense", *data), "listen: 'nonsense' is not host:port"),
+            ((*free, *data, "--keys", file), "keys file:1"),
+            ((*free, *data, "--keys", tmp_path / "none"), "keys: "),
+            ((*free, *data, "--tls-cert", file), "tls: "),
+            ((*free, *data, "--tls-cert", file, "--tls-key", file), "tls-cert: "),
+            ((*free, *data, "--metrics-listen", "0.0.0.0:0"), "metrics-listen: "),
+            ((*free, *data, "--metrics-listen", f"127.0.0.1:{port}"), "metrics-listen: "),
+            ((*free, *data, "--metrics-port-file", file), "--metrics-port-file"),
+            ((*free, *data, "--port-file", tmp_path / "none" / "p"), "port-file: "),
+            ((*free, *data, "--store", "nonsense://x"), "store: "),
+            ((*free, *data, "--policy", "dice"), "--policy"),
+            ((*free, *data, "--replicas", 0), "--replicas"),
+            ((*free, *data, "--heartbeat-period", "nan"), "--heartbeat-period"),
+            ((*free, *data, "--placement-interval", "nan"), "--placement-interval"),
         ]
-        running = [(start(*arguments, *quiet), told) for arguments, told in cases]
-        for process, told in running:
-            code, errors = finish(process)
-            assert code == 2, errors
+        for arguments, told in cases:
+            try:
+                code: object = main([*map(str, arguments), "--log-level", "error"])
+            except SystemExit as stopped:
+                code = stopped.code
+            errors = capfd.readouterr().err
+            assert code == 2, (arguments, errors)
+            assert errors.startswith("loraserve-controller: "), errors
+            assert told in errors, (arguments, errors)
             assert len(errors.splitlines()) == 1, errors
-            assert errors.startswith("loraserve-controller: ")
-            assert told in errors

@@ -5,14 +5,14 @@ import importlib
 import json
 import logging
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-from google.protobuf.descriptor import MethodDescriptor
+from certificates import certificate
+from every_rpc import FILES, OPEN, RPCS, call
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -30,22 +30,6 @@ from loraserve.security import (
     server_credentials,
 )
 from loraserve.wire import SERVER_OPTIONS, bearer_metadata, bind, dial
-
-FILES = ("inference", "adapter", "node", "controller")
-OPEN = {f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch")}
-
-
-def rpcs() -> Iterator[tuple[str, MethodDescriptor]]:
-    modules = [importlib.import_module(f"loraserve.v1.{name}_pb2") for name in FILES]
-    modules.append(health_pb2)
-    modules.append(importlib.import_module("grpc_reflection.v1alpha.reflection_pb2"))
-    for module in modules:
-        for service in module.DESCRIPTOR.services_by_name.values():
-            for method in service.methods:
-                yield f"/{service.full_name}/{method.name}", method
-
-
-RPCS = dict(rpcs())
 
 
 class Echo:
@@ -74,20 +58,6 @@ async def serve(gate: Any, credentials: Any = None) -> tuple[grpc.aio.Server, st
     address = bind(server, "127.0.0.1:0", credentials)
     await server.start()
     return server, address
-
-
-async def call(channel: grpc.aio.Channel, path: str, metadata: Any = ()) -> tuple[str, str]:
-    """Calls any RPC with one empty message; the status code and details that come back."""
-    streaming = RPCS[path].client_streaming if path in RPCS else False
-    kind = channel.stream_stream if streaming else channel.unary_stream
-    rpc: Any = kind(path, request_serializer=lambda m: m, response_deserializer=lambda m: m)
-    running = rpc(iter([b""]) if streaming else b"", metadata=metadata, timeout=5)
-    try:
-        async for _ in running:
-            running.cancel()
-    except (grpc.RpcError, asyncio.CancelledError):
-        pass
-    return (await running.code()).name, (await running.details()) or ""
 
 
 @pytest.fixture
@@ -232,22 +202,11 @@ def test_a_bad_key_file_is_refused(tmp_path: Path, line: str, named: str) -> Non
         KeyRing.load(tmp_path / "absent")
 
 
-def _certificate(directory: Path, name: str, san: str, issuer: str | None) -> TlsFiles:
-    key, cert = directory / f"{name}.key", directory / f"{name}.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    command += ["-nodes", "-days", "2", "-subj", f"/CN={name}", "-keyout", key, "-out", cert]
-    if issuer:
-        command += ["-CA", directory / f"{issuer}.pem", "-CAkey", directory / f"{issuer}.key"]
-        command += ["-addext", f"subjectAltName={san}", "-addext", "basicConstraints=CA:FALSE"]
-    subprocess.run(command, check=True, capture_output=True)
-    return TlsFiles(cert, key, directory / "ca.pem")
-
-
 def test_a_client_certificate_is_an_identity(tmp_path: Path) -> None:
-    _certificate(tmp_path, "ca", "", None)
-    files = _certificate(tmp_path, "server", "IP:127.0.0.1,DNS:localhost", "ca")
-    node = _certificate(tmp_path, "node", "URI:loraserve://acme/node/n1", "ca")
-    nobody = _certificate(tmp_path, "nobody", "URI:loraserve://acme/root/n1", "ca")
+    certificate(tmp_path, "ca", "", None)
+    files = certificate(tmp_path, "server", "IP:127.0.0.1,DNS:localhost", "ca")
+    node = certificate(tmp_path, "node", "URI:loraserve://acme/node/n1", "ca")
+    nobody = certificate(tmp_path, "nobody", "URI:loraserve://acme/root/n1", "ca")
 
     async def answer(address: str, credentials: Any, path: str) -> tuple[str, str]:
         async with dial(address, credentials) as channel:
@@ -279,3 +238,30 @@ def test_tls_files_are_checked_at_start(tmp_path: Path) -> None:
         server_credentials(TlsFiles(tmp_path / "x.pem", tmp_path / "x.pem"))
     with pytest.raises(InvalidArgumentError, match="tls-ca: cannot be read"):
         channel_credentials(TlsFiles(ca=tmp_path / "absent"))
+
+
+def test_tls_files_that_only_look_right_are_named(tmp_path: Path) -> None:
+    one = certificate(tmp_path, "ca", "", None)
+    two = certificate(tmp_path, "two", "IP:127.0.0.1", "ca")
+    for kind in ("CERTIFICATE", "PRIVATE KEY"):
+        text = f"-----BEGIN {kind}-----\nAAAA\n-----END {kind}-----\n"
+        (tmp_path / f"{kind[:4]}.pem").write_text(text)
+    bad_cert, bad_key = tmp_path / "CERT.pem", tmp_path / "PRIV.pem"
+    locked = tmp_path / "locked.key"
+    command = ["openssl", "pkcs8", "-topk8", "-in", one.key, "-out", locked, "-passout", "pass:x"]
+    subprocess.run(command, check=True, capture_output=True)
+    for make, ca in ((server_credentials, "tls-client-ca"), (channel_credentials, "tls-ca")):
+        make(one)
+        make(two)
+        for files, field in (
+            (TlsFiles(bad_cert, one.key), "tls-cert"),
+            (TlsFiles(one.cert, bad_key), "tls-key"),
+            (TlsFiles(one.cert, two.key), "tls-key"),
+            (TlsFiles(one.cert, locked), "tls-key"),
+            (TlsFiles(one.cert, one.key, bad_cert), ca),
+            (TlsFiles(one.cert, one.key, bad_key), ca),
+        ):
+            with pytest.raises(InvalidArgumentError) as caught:
+                make(files)
+            assert caught.value.field == field
+            assert str(tmp_path) in caught.value.message

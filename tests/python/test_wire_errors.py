@@ -68,6 +68,25 @@ def test_each_error_arrives_as_itself(kind: type[LoraServeError]) -> None:
     assert raised.code().name == kind.code
 
 
+def test_each_error_has_its_code() -> None:
+    assert {kind.__name__: kind.code for kind in KINDS} == {
+        "LoraServeError": "INTERNAL",
+        "InvalidArgumentError": "INVALID_ARGUMENT",
+        "InvalidCheckpointError": "INVALID_ARGUMENT",
+        "UnsupportedError": "INVALID_ARGUMENT",
+        "UnimplementedError": "UNIMPLEMENTED",
+        "UnauthenticatedError": "UNAUTHENTICATED",
+        "PermissionDeniedError": "PERMISSION_DENIED",
+        "NotFoundError": "NOT_FOUND",
+        "AlreadyExistsError": "ALREADY_EXISTS",
+        "FailedPreconditionError": "FAILED_PRECONDITION",
+        "ResourceExhaustedError": "RESOURCE_EXHAUSTED",
+        "UnavailableError": "UNAVAILABLE",
+        "DeadlineExceededError": "DEADLINE_EXCEEDED",
+        "CancelledError": "CANCELLED",
+    }
+
+
 def test_a_stream_fails_with_the_error_after_its_first_answers() -> None:
     error = from_rpc_error(stream(errors.UnavailableError("node", "draining")))
     assert type(error) is errors.UnavailableError

@@ -1,0 +1,1 @@
+"""Measures what an engine's steps cost: `loraserve bench profile`."""
