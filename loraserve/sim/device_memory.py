@@ -22,6 +22,11 @@ class DeviceMemory:
     def free(self) -> int:
         return self.capacity - self.kv_used - self._adapter_room
 
+    @property
+    def reachable(self) -> int:
+        """Free, or held by adapters that may go."""
+        return self.free + self._idle_room
+
     def holds(self, adapter: int) -> bool:
         return adapter in self._idle or adapter in self.pinned
 

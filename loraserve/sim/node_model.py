@@ -94,6 +94,12 @@ class NodeEngine:
     def running(self) -> int:
         return self._sums.decoding + len(self._prefilling)
 
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """Of queued and running sequences, still to be computed."""
+        running = sum(s.tokens - s.computed for s in self._prefilling)
+        return self.queue.tokens + running
+
     def decoding_sequences(self) -> list[SimSequence]:
         return [s for step, _, s in self._finishing if s.finish_step == step]
 

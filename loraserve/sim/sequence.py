@@ -25,6 +25,7 @@ class SimSequence:
         "adapter",
         "arrival_s",
         "attempts",
+        "avoid",
         "computed",
         "finish_s",
         "finish_step",
@@ -33,7 +34,6 @@ class SimSequence:
         "generated",
         "last_token_s",
         "late_gaps",
-        "node",
         "order",
         "output_tokens",
         "prompt_tokens",
@@ -69,7 +69,7 @@ class SimSequence:
         self.late_gaps = 0
         # The client's side.
         self.attempts = 0
-        self.node = -1
+        self.avoid: frozenset[str] = frozenset()
         self.router = 0
         self.ticket = 0
 
