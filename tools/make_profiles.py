@@ -2,8 +2,8 @@
 
     python tools/make_profiles.py [--check]
 
-Needs scipy. `--check` fails where the files differ from what the tables give. What every coefficient
-rests on is written into the profile's `source`; what is estimated says so, and
+Needs scipy. `--check` fails where the files differ from what the tables give. What every
+coefficient rests on is written into the profile's `source`; what is estimated says so, and
 `loraserve simulate claims` varies it by a factor of two both ways.
 """
 
@@ -95,10 +95,12 @@ RTX_PRO_6000 = Device("RTX-PRO-6000", 1.792e12, 96e9)
 LORA_GEMM_EFFICIENCY = 0.5
 LAUNCHES_S = 0.5e-3
 MEMORY_FOR_ALL = 0.9
+# So that a full step, with LoRA, is within the default SLO of 150 ms between tokens.
+BATCH_TOKENS = {A100.name: 1024, H100.name: 2048}
 ACTIVATION_BYTES = 4e9
 
-SOURCE = """step_s, prefill_token_s, decode_token_s: relative-error NNLS on {table}, prefill 0..2048 \
-and decode 0..256 tokens (error p50 {p50:.1%}, p95 {p95:.1%}), plus the engine's own {step_ms:.2f} \
+SOURCE = """step_s, prefill_token_s, decode_token_s: relative-error NNLS on {table}, prefill \
+0..2048 and decode 0..256 tokens (error p50 {p50:.1%}, p95 {p95:.1%}), plus the engine's own {step_ms:.2f} \
 ms a step and {sequence_us:.1f} us a sequence, fitted on the first {fitted} requests of the \
 recorded vLLM run (LLMServingSim, RTX PRO 6000). step_s also has {launch_ms:.1f} ms for LoRA \
 launches (estimate: 8 dependent kernels a layer, 2 us each). prefill_token_s and decode_token_s \
@@ -109,7 +111,7 @@ same grid, scaled by the prefill speeds of the two devices. adapter_byte_s: ever
 adapter's weights once a step at the same bandwidth (BGMV cost follows the largest rank, MBGMV the \
 sum of ranks: Toppings, ATC'25, R2 0.96). {rank_term}: 2 FLOP for each weight and token at \
 {gemm:.0%} of the device's GEMM speed (estimate). kv_tokens: {memory:.0%} of {device_bytes:.0f} GB \
-less weights and 4 GB."""
+less weights and 4 GB. max_batch_tokens: a full step is within 150 ms."""
 
 
 def read_table(name: str) -> dict[str, Array]:
@@ -271,7 +273,7 @@ def derived(
         base=model.name,
         device=device.name,
         cost=cost,
-        max_batch_tokens=2048,
+        max_batch_tokens=BATCH_TOKENS[device.name],
         max_sequences=128 if model is LLAMA_2_7B else 256,
         bytes_per_rank=model.rank_bytes,
         kv_tokens=math.floor(free / model.kv_bytes / 1000) * 1000,

@@ -1,13 +1,13 @@
 """A cluster in simulated time: one heap of events over nodes, clients and the controller.
 
 The controller's core and the clients' router are the product's own; engines follow a cost model.
-Left out: CPU time of controller and clients, the prefix cache, and whether an adapter is on a node's
-device or in its host memory, which nodes of the product report and these do not.
+Left out: CPU time of controller and clients, the prefix cache, and whether an adapter is on a
+node's device or in its host memory, which nodes of the product report and these do not.
 """
 
 import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from loraserve.controller.events import DemandSample, Heartbeat, Residency, Send
 from loraserve.controller.state import Settings
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import Profile, Slo
+from loraserve.placement.load import LoadModel
 from loraserve.placement.types import AdapterId, AdapterSpec, PlacementPolicy
 from loraserve.security.identity import DEFAULT_TENANT
 from loraserve.sim.cluster_node import ClusterNode
@@ -24,7 +25,7 @@ from loraserve.sim.control import Command, Control
 from loraserve.sim.host_pool import HostPool, LinkSettings
 from loraserve.sim.metrics import Meter, request_work_s
 from loraserve.sim.node_model import EngineSettings, NodeEngine
-from loraserve.sim.policy import with_profile
+from loraserve.sim.policy import with_load_model
 from loraserve.sim.profile_files import kv_token_bytes
 from loraserve.sim.sequence import AdapterTable, SimSequence
 from loraserve.sim.workload import Workload
@@ -73,8 +74,10 @@ class Cluster:
         workload: Workload,
         profile: Profile,
         policy: PlacementPolicy,
+        load: LoadModel,
         settings: ClusterSettings,
     ) -> None:
+        """`load` is what the policy believes; the engines follow `profile`."""
         if settings.nodes < 1:
             raise InvalidArgumentError("nodes", f"{settings.nodes} is not at least 1")
         if settings.clients < 1:
@@ -98,22 +101,21 @@ class Cluster:
             )
         ]
         self._index = {spec.adapter: i for i, spec in enumerate(self._specs)}
-        self._requests = [RouteRequest(base, s.adapter.name) for s in self._specs]
+        self._names = [spec.adapter.name for spec in self._specs]
         self.nodes: list[ClusterNode] = []
         for index in range(settings.nodes):
-            self.nodes.append(self._node(f"n{index:03d}"))
+            self.nodes.append(self._node(index))
         self._by_id = {node.node_id: node for node in self.nodes}
         self._control = Control(
             settings.control,
-            with_profile(policy, profile, settings.slo),
+            with_load_model(policy, load),
             self._specs,
             self._send,
             self._publish,
         )
         rng = random.Random(settings.seed)
         self._routers = [
-            Router(self._clock, random.Random(rng.random()).random)
-            for _ in range(settings.clients)
+            Router(self._clock, random.Random(rng.random()).random) for _ in range(settings.clients)
         ]
         self._heap: list[tuple[float, int, int, Callable[[Any], None], Any]] = []
         self._pushed = 0
@@ -126,7 +128,7 @@ class Cluster:
     def _clock(self) -> float:
         return self.now_s
 
-    def _node(self, node_id: str) -> ClusterNode:
+    def _node(self, index: int) -> ClusterNode:
         pool = HostPool(self._settings.host_bytes, self.adapters, self._settings.link)
         engine = NodeEngine(
             self._profile,
@@ -137,7 +139,7 @@ class Cluster:
             on_first_token=lambda sequence: self._first_token(node, sequence),
             on_finish=lambda sequence: self._finish(node, sequence),
         )
-        node = ClusterNode(node_id, self._profile.base, engine, pool, self._specs)
+        node = ClusterNode(index, self._profile.base, engine, pool, self._specs)
         return node
 
     @property
@@ -235,11 +237,10 @@ class Cluster:
 
     def _route(self, sequence: SimSequence) -> None:
         router = self._routers[sequence.router]
-        request = self._requests[sequence.adapter]
-        request = RouteRequest(
-            request.base, request.adapter, None, sequence.tokens, sequence.avoid
+        name = self._names[sequence.adapter]
+        chosen = router.pick(
+            RouteRequest(self._profile.base, name, None, sequence.tokens, sequence.avoid)
         )
-        chosen = router.pick(request)
         if chosen is None:
             sequence.avoid = frozenset()
             self._push(self.now_s + self._settings.retry_s, _ARRIVAL, self._route, sequence)
@@ -308,9 +309,7 @@ class Cluster:
         router = self._routers[sequence.router]
         router.ended(node.node_id, sequence.ticket)
         router.observe(node.node_id, node.load())
-        self._work_s[self.nodes.index(node)] += request_work_s(
-            self._profile, self.adapters, sequence
-        )
+        self._work_s[node.index] += request_work_s(self._profile, self.adapters, sequence)
         self.meter.finished.append(sequence)
         self._left -= 1
 
@@ -395,9 +394,7 @@ class Cluster:
         if self._at_once:
             self._take_table(table)
         else:
-            self._push(
-                self.now_s + self._settings.network_s, _ARRIVAL, self._take_table, table
-            )
+            self._push(self.now_s + self._settings.network_s, _ARRIVAL, self._take_table, table)
 
     def _take_table(self, table: RouteTable) -> None:
         for router in self._routers:
@@ -414,7 +411,3 @@ class Cluster:
     def _close_window(self) -> None:
         self.meter.work_s.append(self._work_s)
         self._work_s = [0.0] * len(self.nodes)
-
-
-def specs_of(cluster: Cluster) -> Sequence[AdapterSpec]:
-    return cluster._specs

@@ -18,13 +18,14 @@ class ClusterNode:
 
     def __init__(
         self,
-        node_id: str,
+        index: int,
         base: str,
         engine: NodeEngine,
         pool: HostPool,
         specs: Sequence[AdapterSpec],
     ) -> None:
-        self.node_id = node_id
+        self.index = index
+        self.node_id = f"n{index:03d}"
         self.engine = engine
         self.pool = pool
         self.alive = True

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from loraserve.client import route_table as client_routes
+import loraserve.client.route_table as client_routes
 from loraserve.controller.events import (
     AskRegister,
     Effect,

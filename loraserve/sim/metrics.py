@@ -36,10 +36,9 @@ def request_work_s(profile: Profile, adapters: AdapterTable, sequence: SimSequen
     per_rank = cost.token_rank_s + cost.token_max_rank_s
     prompt, output = sequence.prompt_tokens, sequence.output_tokens
     context = prompt + output / 2
-    return (
-        prompt * (cost.prefill_token_s + per_rank * rank + cost.chunk_context_s * prompt / 2)
-        + output * (cost.decode_token_s + per_rank * rank + cost.context_token_s * context)
-    )
+    return prompt * (
+        cost.prefill_token_s + per_rank * rank + cost.chunk_context_s * prompt / 2
+    ) + output * (cost.decode_token_s + per_rank * rank + cost.context_token_s * context)
 
 
 def attained(sequence: SimSequence, slo: Slo) -> bool:
@@ -63,9 +62,7 @@ def max_over_mean(work_s: Sequence[Sequence[float]]) -> float:
     return float((table.max(axis=1) * table.shape[1] / total * total).sum() / total.sum())
 
 
-def summary(
-    meter: Meter, requests: int, duration_s: float, end_s: float
-) -> dict[str, float | int]:
+def summary(meter: Meter, requests: int, duration_s: float, end_s: float) -> dict[str, float | int]:
     """Times in seconds. Throughput counts prompt and output tokens of finished requests over the
     time from the first request's to the last token, and at least the workload's duration."""
     done = meter.finished

@@ -124,8 +124,7 @@ class NodeEngine:
         if self.memory.capacity and needed > self.memory.capacity:
             raise InvalidArgumentError(
                 "prompt_tokens",
-                f"{needed} tokens with output and adapter: the KV cache has "
-                f"{self.memory.capacity}",
+                f"{needed} tokens with output and adapter: the KV cache has {self.memory.capacity}",
             )
         self.queue.add(sequence)
         if self.end_s is None:

@@ -60,6 +60,14 @@ def _profile(name: str, raw: Any) -> Profile:
     return profile
 
 
+def _fits(value: Any, wanted: Any) -> bool:
+    if wanted is int or wanted is float:
+        if isinstance(value, bool) or not isinstance(value, int if wanted is int else int | float):
+            return False
+        return math.isfinite(value) and value >= 0
+    return isinstance(value, wanted) if wanted in (str, bool) else True
+
+
 def _checked(name: str, raw: Any, of: type) -> dict[str, Any]:
     """The fields of a dataclass with their types, numbers finite and not negative."""
     if not isinstance(raw, Mapping):
@@ -74,9 +82,6 @@ def _checked(name: str, raw: Any, of: type) -> dict[str, Any]:
                 raise InvalidArgumentError("profile", f"{name}: {field.name} is missing")
             continue
         value = raw[field.name]
-        wanted = {str: str, int: int, float: (int, float), bool: bool}.get(field.type, object)
-        if not isinstance(value, wanted) or (field.type in (int, float) and value is True):
+        if not _fits(value, field.type):
             raise InvalidArgumentError("profile", f"{name}: {field.name} is {value!r}")
-        if field.type in (int, float) and not (math.isfinite(value) and value >= 0):
-            raise InvalidArgumentError("profile", f"{name}: {field.name} is {value}")
     return dict(raw)

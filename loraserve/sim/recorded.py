@@ -13,8 +13,7 @@ from loraserve.errors import InvalidArgumentError
 from loraserve.sim.sequence import BASE_ONLY, Request
 
 RECORDED = (
-    Path(__file__).parent
-    / "data/llmservingsim/RTXPRO6000_Llama-3.1-8B_vllm_requests.jsonl.gz"
+    Path(__file__).parent / "data/llmservingsim/RTXPRO6000_Llama-3.1-8B_vllm_requests.jsonl.gz"
 )
 
 

@@ -105,11 +105,11 @@ def read_lengths(path: Path = LENGTHS) -> dict[Client, list[tuple[int, Floats, F
     found: dict[Client, list[tuple[int, Floats, Floats]]] = {}
     rows = zip(*(raw[name] for name in _LENGTH_COLUMNS), strict=True)
     for number, (model, client, start, prompt, output) in enumerate(rows, 1):
-        quantiles = [np.asarray(q, dtype=float) for q in (prompt, output)]
-        for column, q in zip((4, 5), quantiles, strict=True):
+        prompt, output = np.asarray(prompt, dtype=float), np.asarray(output, dtype=float)
+        for column, q in ((4, prompt), (5, output)):
             if len(q) < 2 or not np.isfinite(q).all() or (q < 0).any():
                 raise MalformedTraceError(path, number, column, "these are no quantiles")
-        found.setdefault((str(model), int(client)), []).append((int(start), *quantiles))
+        found.setdefault((str(model), int(client)), []).append((int(start), prompt, output))
     return {client: sorted(windows, key=lambda w: w[0]) for client, windows in found.items()}
 
 

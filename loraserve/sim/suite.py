@@ -29,6 +29,7 @@ from loraserve.sim.workload import (
 
 # W4: shares of the requests by rank, at the start; at the end they are the other way round.
 DRIFT_SHARES = (0.60, 0.20, 0.10, 0.06, 0.04)
+ONE_RANK = 16
 FLASH_FACTOR = 50
 FLASH_S = 300.0
 # S-LoRA's setting S2: rank by index, round robin, the first the largest.
@@ -77,6 +78,12 @@ def _uniform(o: Options, rng: np.random.Generator) -> Workload:
 def _zipf(o: Options, rng: np.random.Generator) -> Workload:
     ranks = ranks_by_share(rng, o.adapters)
     return _requests("zipf", o, rng, ranks, _popular(rng, zipf_shares(o.adapters, 1)))
+
+
+def _one_rank(o: Options, rng: np.random.Generator) -> Workload:
+    """Nothing for a rank-aware policy to do."""
+    ranks = (ONE_RANK,) * o.adapters
+    return _requests("one_rank", o, rng, ranks, _popular(rng, zipf_shares(o.adapters, 1)))
 
 
 def _hot(name: str, rank: int) -> "Maker":
@@ -169,6 +176,7 @@ WORKLOADS: Mapping[str, Maker] = {
     "flash": _flash,
     "scale": _scale,
     "slora": _slora,
+    "one_rank": _one_rank,
 }
 SUITE = {
     "W1": "uniform",
