@@ -3,8 +3,9 @@
     python bench/engine_vs_transformers.py [--repeats 5] [--threads 2] [--out FILE]
 
 The checkpoint is a random Llama of 120M parameters with eight adapters of ranks 8 to 128 on all
-seven modules, made in a temporary directory. Four shapes are timed, each as often as --repeats says,
-ours and theirs in turn; medians and ratios go to one JSON object with machine, commit and command.
+seven modules, made in a temporary directory. Four shapes are timed, each as often as --repeats
+says, ours and theirs in turn; medians and ratios go to one JSON object with machine, commit and
+command.
 """
 
 import argparse
@@ -42,9 +43,7 @@ def make_checkpoint(root: Path) -> tuple[Path, list[Path]]:
     base.save_pretrained(root / "base")
     adapters = []
     for index, rank in enumerate(RANKS):
-        lora = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=MODULES, init_lora_weights=False
-        )
+        lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=MODULES, init_lora_weights=False)
         model = get_peft_model(LlamaForCausalLM.from_pretrained(root / "base"), lora)
         adapters.append(root / f"a{index}")
         model.save_pretrained(adapters[-1])
@@ -140,8 +139,7 @@ def main() -> int:
         base, adapters = make_checkpoint(Path(scratch))
         theirs = Theirs(base, adapters)
         engines = {
-            dtype: Ours(base, adapters, options.threads, dtype)
-            for dtype in ("float32", "bfloat16")
+            dtype: Ours(base, adapters, options.threads, dtype) for dtype in ("float32", "bfloat16")
         }
         backend = engines["float32"].engine.backend_name
         runs: dict[str, Any] = {"theirs": theirs, **engines}

@@ -3,13 +3,16 @@
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import os
+import signal
 from pathlib import Path
 from typing import NoReturn
 
-from loraserve.errors import InvalidArgumentError
+from loraserve.errors import InvalidArgumentError, UnavailableError
 
 CANNOT_START = 2
+_PR_SET_PDEATHSIG = 1
 
 
 class DaemonParser(argparse.ArgumentParser):
@@ -17,6 +20,18 @@ class DaemonParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(CANNOT_START, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def end_with_parent(parent_pid: int | None) -> None:
+    """From now on this process gets SIGTERM when its parent is gone, however that ended. Linux.
+
+    Raises UnavailableError where `parent_pid` is not the parent, as when it has gone already.
+    """
+    if parent_pid is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent_pid:
+        raise UnavailableError("end-with", f"process {parent_pid} is not the parent of this one")
 
 
 async def other_tasks_end(timeout_s: float = 1.0) -> None:

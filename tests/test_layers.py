@@ -41,12 +41,12 @@ PYTHON_FLOORS: dict[str, set[str]] = (
     # The top: commands and the demo.
     | {"cli": GROUND | MIDDLE | UPPER | {"commands", "demo"}}
     | {"commands": GROUND | MIDDLE | UPPER | {"demo", "sim"}}
-    | {"demo": GROUND | MIDDLE | UPPER}
+    | {"demo": GROUND | MIDDLE | UPPER, "profiler": GROUND | MIDDLE}
 )
 PYTHON_FLOORS["__init__"] = GROUND | {"engine", "client"}
 # What of the floors below the simulator runs: it speaks no RPC.
 SIMULATED = {
-    "client": {"routing", "route_table"},
+    "client": {"retry", "routing", "route_table"},
     "controller": {"state", "events", "routes"},
 }
 # Pure parts: no RPC, no clock, no unseeded randomness, no disk.

@@ -99,19 +99,21 @@ MEMORY_FOR_ALL = 0.9
 BATCH_TOKENS = {A100.name: 1024, H100.name: 2048}
 ACTIVATION_BYTES = 4e9
 
-SOURCE = """step_s, prefill_token_s, decode_token_s: relative-error NNLS on {table}, prefill \
-0..2048 and decode 0..256 tokens (error p50 {p50:.1%}, p95 {p95:.1%}), plus the engine's own {step_ms:.2f} \
-ms a step and {sequence_us:.1f} us a sequence, fitted on the first {fitted} requests of the \
-recorded vLLM run (LLMServingSim, RTX PRO 6000). step_s also has {launch_ms:.1f} ms for LoRA \
-launches (estimate: 8 dependent kernels a layer, 2 us each). prefill_token_s and decode_token_s \
-also have the traffic of LoRA inputs and outputs, {io_bytes} bytes a token at the bandwidth below. \
-context_token_s: {kv_bytes} KV bytes a token at {efficiency:.0%} of the device's bandwidth, the \
-share that attention reached on the RTX PRO 6000 grid (LLMServingSim). chunk_context_s: from the \
-same grid, scaled by the prefill speeds of the two devices. adapter_byte_s: every distinct \
-adapter's weights once a step at the same bandwidth (BGMV cost follows the largest rank, MBGMV the \
-sum of ranks: Toppings, ATC'25, R2 0.96). {rank_term}: 2 FLOP for each weight and token at \
-{gemm:.0%} of the device's GEMM speed (estimate). kv_tokens: {memory:.0%} of {device_bytes:.0f} GB \
-less weights and 4 GB. max_batch_tokens: a full step is within 150 ms."""
+SOURCE = """\
+step_s, prefill_token_s, decode_token_s: relative-error NNLS on {table}, prefill 0..2048 \
+and decode 0..256 tokens (error p50 {p50:.1%}, p95 {p95:.1%}), plus the engine's own \
+{step_ms:.2f} ms a step and {sequence_us:.1f} us a sequence, fitted on the first {fitted} \
+requests of the recorded vLLM run (LLMServingSim, RTX PRO 6000). step_s also has \
+{launch_ms:.1f} ms for LoRA launches (estimate: 8 dependent kernels a layer, 2 us each). \
+prefill_token_s and decode_token_s also have the traffic of LoRA inputs and outputs, \
+{io_bytes} bytes a token at the bandwidth below. context_token_s: {kv_bytes} KV bytes a \
+token at {efficiency:.0%} of the device's bandwidth, the share that attention reached on \
+the RTX PRO 6000 grid (LLMServingSim). chunk_context_s: from the same grid, scaled by the \
+prefill speeds of the two devices. adapter_byte_s: every distinct adapter's weights once a \
+step at the same bandwidth (BGMV cost follows the largest rank, MBGMV the sum of ranks: \
+Toppings, ATC'25, R2 0.96). {rank_term}: 2 FLOP for each weight and token at {gemm:.0%} of \
+the device's GEMM speed (estimate). kv_tokens: {memory:.0%} of {device_bytes:.0f} GB less \
+weights and 4 GB. max_batch_tokens: a full step is within 150 ms."""
 
 
 def read_table(name: str) -> dict[str, Array]:

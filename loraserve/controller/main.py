@@ -10,7 +10,13 @@ from pathlib import Path
 
 from loraserve.controller.server import ControllerOptions, ControllerServer
 from loraserve.controller.state import Settings
-from loraserve.daemon import CANNOT_START, DaemonParser, PortFile, other_tasks_end
+from loraserve.daemon import (
+    CANNOT_START,
+    DaemonParser,
+    PortFile,
+    end_with_parent,
+    other_tasks_end,
+)
 from loraserve.errors import LoraServeError
 from loraserve.placement.policies import DEFAULT_POLICY, POLICIES
 from loraserve.security import TlsFiles
@@ -40,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--heartbeat-period", type=float, default=1.0, help="of nodes, seconds")
     add("--missed-heartbeats", type=int, default=3, help="after so many a node is lost")
     add("--placement-interval", type=float, default=60.0, help="seconds")
+    add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 
@@ -115,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         await _serve(ControllerServer(_options(arguments)), arguments)
 
     try:
+        end_with_parent(arguments.end_with)
         asyncio.run(run())
     except (LoraServeError, OSError) as error:
         print(f"loraserve-controller: {error}", file=sys.stderr)

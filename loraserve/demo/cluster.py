@@ -2,9 +2,7 @@
 demo or a test wants them."""
 
 import asyncio
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +13,6 @@ from types import TracebackType
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME
 from loraserve.errors import DeadlineExceededError, UnavailableError
 
-_PR_SET_PDEATHSIG = 1
 # Of a log, where a daemon has died.
 _LAST_LINES = 12
 
@@ -34,11 +31,6 @@ class Daemon:
 
     def last_words(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
-
-
-def _end_with_parent() -> None:
-    """Runs in the child: it is told to stop when its parent is gone, however that ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Cluster:
@@ -87,6 +79,7 @@ class Cluster:
             *(sys.executable, "-m", module),
             *("--listen", "127.0.0.1:0", "--port-file", str(port_file)),
             *("--metrics-listen", "127.0.0.1:0", "--metrics-port-file", str(metrics_port_file)),
+            *("--end-with", str(os.getpid())),
             *arguments,
         ]
         with log.open("ab") as out:
@@ -95,7 +88,6 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                preexec_fn=_end_with_parent,
                 # A Ctrl-C in the terminal is the parent's to handle: it stops them in order.
                 start_new_session=True,
             )

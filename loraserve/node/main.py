@@ -11,7 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraserve.daemon import CANNOT_START, DaemonParser, PortFile, other_tasks_end
+from loraserve.daemon import (
+    CANNOT_START,
+    DaemonParser,
+    PortFile,
+    end_with_parent,
+    other_tasks_end,
+)
 from loraserve.errors import InvalidArgumentError, LoraServeError
 from loraserve.node.limits import Limits
 from loraserve.node.model import ModelOptions, device_of, open_model, read_adapter
@@ -68,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-queued-requests", type=int, default=limits.max_queued_requests)
     add("--max-prompt-bytes", type=int, default=limits.max_prompt_bytes)
     add("--drain-timeout-s", type=float, default=30.0, help="for requests that run at the end")
+    add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 
@@ -203,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         await _serve(server, arguments)
 
     try:
+        end_with_parent(arguments.end_with)
         asyncio.run(run())
     except (LoraServeError, OSError) as error:
         print(f"loraserve-node: {error}", file=sys.stderr)

@@ -34,8 +34,8 @@ from loraserve.sim.workload import Workload
 FAMILY = "a100-llama-3-8b"
 ENGINES = ("padded", "proportional")
 PREFERRED = "rank_aware"
-# Hardly any effect of rank: OP[32] is 4 % under OP[8], as constants measured on Llama-3.1-8B have it
-# (FerranAgulloLopez/DistributedEfficientAdapterLLMServing).
+# Hardly any effect of rank: OP[32] is 4 % under OP[8], as constants that were measured on
+# Llama-3.1-8B have it (FerranAgulloLopez/DistributedEfficientAdapterLLMServing).
 FLAT_RANK_EFFECT = 0.96
 # A request's attainment is averaged over so many seconds of arrivals where recovery is looked at.
 BIN_S = 10.0

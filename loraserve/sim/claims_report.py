@@ -91,8 +91,8 @@ class _Report:
             f"Engines: `{f['family']}-padded` pads every batch to its largest rank, as the paper's "
             f"baselines do; `{f['family']}-proportional` is ours. Their coefficients come from "
             "published tables (`tools/make_profiles.py`) and were fixed before any policy ran. "
-            "SLO: TTFT within 5 s and 95 % of a request's times between tokens within 150 ms; a rate is "
-            "sustained while 90 % of the requests attain both. Ours is "
+            "SLO: TTFT within 5 s and 95 % of a request's times between tokens within 150 ms; a "
+            "rate is sustained while 90 % of the requests attain both. Ours is "
             f"`{self._ours}`; rank-blind baselines are {', '.join(f'`{p}`' for p in self._blind)}.",
             "",
         ]
@@ -153,7 +153,7 @@ class _Report:
             f"## TTFT p95 at the baseline's knee: {engine} engine",
             "",
             "The knee is the lowest rate of the grid at which less than 90 % attain the SLO. Next "
-            "to a knee a ratio can be made as large as one likes: the curves below are what counts.",
+            "to a knee a ratio can be as large as one likes: the curves below are what counts.",
             "",
             *_table(head, body),
         ]

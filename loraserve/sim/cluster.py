@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraserve.client.retry import TRANSPORT_FIELD, RetryBudget, RetryPolicy, RetryState
 from loraserve.client.route_table import RouteTable
 from loraserve.client.routing import Router, RouteRequest
-from loraserve.controller.events import DemandSample, Heartbeat, Residency, SendDrop, SendLoad
+from loraserve.controller.events import Residency, SendDrop, SendLoad
 from loraserve.controller.state import Settings
-from loraserve.errors import InvalidArgumentError
+from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.placement.cost_model import Profile, Slo
 from loraserve.placement.load import LoadModel
 from loraserve.placement.types import AdapterId, AdapterSpec, PlacementPolicy
@@ -28,11 +29,13 @@ from loraserve.sim.node_model import EngineSettings, NodeEngine
 from loraserve.sim.policy import with_load_model
 from loraserve.sim.profile_files import kv_token_bytes
 from loraserve.sim.sequence import AdapterTable, SimSequence
+from loraserve.sim.warm_up import warm_up
 from loraserve.sim.workload import Workload
 
 # Among events at the same time, in this order: what comes from outside sees the state before a step
 # ends, as a request that arrives in the moment of a step's end is in the next step.
 _ARRIVAL, _STEP, _TICK = range(3)
+_RETRY = RetryPolicy()
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,6 @@ class ClusterSettings:
     clients: int = 4
     network_s: float = 0.0005
     retry_s: float = 0.25
-    max_attempts: int = 3
     drain_s: float = 300.0
     warm: bool = True
     failures: tuple[Failure, ...] = ()
@@ -181,57 +183,14 @@ class Cluster:
 
     def _start(self) -> None:
         """Everything is in place at time 0: adapters that are placed are loaded."""
-        control, interval = self._control, self._settings.control.placement_interval_ticks
-        for node in self.nodes:
-            control.register(node)
-        self._settle()
-        if self._settings.warm:
-            demand = self._first_demand(interval * self._settings.control.tick_seconds)
-            for _ in range(3):
-                for tick in range(interval):
-                    for sample in demand[tick::interval]:
-                        control.step(self._told(sample))
-                    control.tick(self.nodes)
-                self._settle()
+        warm_up(
+            self._control,
+            self.nodes,
+            self._specs,
+            self._workload if self._settings.warm else None,
+        )
         self._at_once = False
         self._moved_before = sum(node.pool.fetched_bytes for node in self.nodes)
-
-    def _settle(self) -> None:
-        """Ticks until the controller has asked for nothing for a while."""
-        quiet = 0
-        for _ in range(200):
-            before = self._control.commands
-            self._control.tick(self.nodes)
-            quiet = quiet + 1 if self._control.commands == before else 0
-            if quiet > self._settings.control.patience_ticks + 3:
-                return
-
-    def _first_demand(self, seconds: float) -> list[DemandSample]:
-        """Tokens by adapter that the first interval asks for."""
-        w = self._workload
-        seen = w.time_s < seconds
-        tokens: dict[int, tuple[int, int]] = {}
-        for adapter, prompt, output in zip(
-            w.adapter[seen].tolist(),
-            w.prompt_tokens[seen].tolist(),
-            w.output_tokens[seen].tolist(),
-            strict=True,
-        ):
-            p, o = tokens.get(adapter, (0, 0))
-            tokens[adapter] = p + prompt, o + output
-        return [DemandSample(self._specs[a].adapter, *t) for a, t in sorted(tokens.items())]
-
-    def _told(self, sample: DemandSample) -> Heartbeat:
-        node = self.nodes[0]
-        beat = node.beat()
-        return Heartbeat(
-            node.node_id,
-            node.incarnation,
-            beat.generation,
-            beat.copies,
-            (sample,),
-            applied_command=beat.applied_command,
-        )
 
     # Clients
 
@@ -239,7 +198,9 @@ class Cluster:
         router = self._routers[sequence.router]
         name = self._names[sequence.adapter]
         chosen = router.pick(
-            RouteRequest(self._profile.base, name, None, sequence.tokens, sequence.avoid)
+            RouteRequest(
+                self._profile.base, name, prompt_tokens=sequence.tokens, avoid=sequence.avoid
+            )
         )
         if chosen is None:
             sequence.avoid = frozenset()
@@ -283,13 +244,21 @@ class Cluster:
         router = self._routers[sequence.router]
         router.ended(node.node_id, sequence.ticket)
         router.failed(node.node_id)
-        sequence.attempts += 1
-        if sequence.attempts >= self._settings.max_attempts:
+        if sequence.retry is None:
+            sequence.retry = RetryState(_RETRY, RetryBudget(_RETRY))
+        wait_s = sequence.retry.after(
+            UnavailableError(TRANSPORT_FIELD, "the node is lost"),
+            progress=sequence.generated > sequence.sent_generated,
+            started=sequence.generated > 0,
+        )
+        if wait_s is None:
             self._lose(sequence)
             return
         self.meter.retries += 1
+        sequence.sent_generated = sequence.generated
         sequence.avoid = frozenset({node.node_id})
-        self._push(self.now_s + self._settings.network_s, _ARRIVAL, self._route, sequence)
+        soon_s = self.now_s + self._settings.network_s + wait_s
+        self._push(soon_s, _ARRIVAL, self._route, sequence)
 
     def _lose(self, sequence: SimSequence) -> None:
         self.meter.lost += 1

@@ -213,7 +213,7 @@ class NodeEngine:
             self._first_s = self._sums.mixed_step_s(self._chunks) + install_s
             self.end_s = now_s + self._first_s
             return
-        if not more_with_next:
+        if not more_with_next and not install_s:
             steps = self._next_finish() - self.steps
             if self.memory.capacity:
                 steps = min(steps, self.memory.free // decoding)

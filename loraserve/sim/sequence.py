@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from loraserve.client.retry import RetryState
+
 # The adapter of a request for the base model alone.
 BASE_ONLY = -1
 
@@ -24,7 +26,6 @@ class SimSequence:
     __slots__ = (
         "adapter",
         "arrival_s",
-        "attempts",
         "avoid",
         "computed",
         "finish_s",
@@ -38,8 +39,10 @@ class SimSequence:
         "output_tokens",
         "prompt_tokens",
         "reported",
+        "retry",
         "router",
         "running",
+        "sent_generated",
         "start_late",
         "start_step",
         "ticket",
@@ -68,7 +71,8 @@ class SimSequence:
         self.gaps = 0
         self.late_gaps = 0
         # The client's side.
-        self.attempts = 0
+        self.retry: RetryState | None = None
+        self.sent_generated = 0
         self.avoid: frozenset[str] = frozenset()
         self.router = 0
         self.ticket = 0

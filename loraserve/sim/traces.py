@@ -99,7 +99,7 @@ def _mooncake_rows(path: Path, file: IO[str]) -> Iterator[_Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             raise MalformedTraceError(path, number, error.colno, error.msg) from None
         except RecursionError:

@@ -75,7 +75,8 @@ def test_streams_of_a_killed_node_go_on_elsewhere_token_by_token(tmp_path: Path)
         for before, after in zip(undisturbed, disturbed, strict=True):
             assert after.token_ids == before.token_ids
             assert after.text == before.text
-            assert after.node_id == "node-2"
+            # One whose last tokens were on their way already needed no other node.
+            assert after.node_id == "node-2" or after.attempts == 1
         resumed = sum(c.attempts > 1 for c in disturbed)
         assert resumed >= 5, "the killed node had next to nothing to do"
 
