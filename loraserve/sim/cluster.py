@@ -8,7 +8,7 @@ node's device or in its host memory, which nodes of the product report and these
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loraserve.client.retry import TRANSPORT_FIELD, RetryBudget, RetryPolicy, RetryState
@@ -103,7 +103,7 @@ class Cluster:
             )
         ]
         self._index = {spec.adapter: i for i, spec in enumerate(self._specs)}
-        self._names = [spec.adapter.name for spec in self._specs]
+        self._asked = [RouteRequest(base, spec.adapter.name) for spec in self._specs]
         self.nodes: list[ClusterNode] = []
         for index in range(settings.nodes):
             self.nodes.append(self._node(index))
@@ -196,12 +196,10 @@ class Cluster:
 
     def _route(self, sequence: SimSequence) -> None:
         router = self._routers[sequence.router]
-        name = self._names[sequence.adapter]
-        chosen = router.pick(
-            RouteRequest(
-                self._profile.base, name, prompt_tokens=sequence.tokens, avoid=sequence.avoid
-            )
-        )
+        request = self._asked[sequence.adapter]
+        if sequence.avoid:
+            request = replace(request, avoid=sequence.avoid)
+        chosen = router.pick(request)
         if chosen is None:
             sequence.avoid = frozenset()
             self._push(self.now_s + self._settings.retry_s, _ARRIVAL, self._route, sequence)
