@@ -5,8 +5,9 @@ They carry no share: a policy may give them one, and a lost node makes the other
 
 import numpy as np
 
-from loraserve.placement.columns import Bools, Columns, Entries, entry_keys, node_ranks
-from loraserve.placement.load import Ints
+from loraserve.placement.arrays import Bools, Ints
+from loraserve.placement.columns import Columns, Entries, entry_keys, node_ranks
+from loraserve.placement.room import admit, joined
 
 # How far from the first copy, in nodes sorted by rank, each bulk round looks: near ones first, so
 # that replicas of one rank share nodes; the last rounds look everywhere.
@@ -27,11 +28,7 @@ def replicate(p: Columns, free: Ints, entries: Entries) -> Entries:
             added = _one_more(p, free, entries, lacking, apart)
             if not len(added):
                 break
-            entries = Entries.of(
-                np.concatenate([entries.adapter, added.adapter]),
-                np.concatenate([entries.node, added.node]),
-                np.concatenate([entries.share, added.share]),
-            )
+            entries = joined(entries, added)
     return entries
 
 
@@ -41,9 +38,17 @@ def _domains_held(p: Columns, entries: Entries) -> Ints:
     many = counts[entries.adapter] > 1
     if not many.any():
         return counts
-    width = int(p.domain.max(initial=0)) + 1
-    keys = np.unique(entries.adapter[many] * width + p.domain[entries.node[many]])
-    apart = np.bincount(keys // width, minlength=p.adapters)
+    domain = p.domain[entries.node]
+    two = np.flatnonzero(
+        (entries.adapter[1:] == entries.adapter[:-1]) & (domain[1:] != domain[:-1])
+    )
+    apart = np.ones(p.adapters, np.int64)
+    apart[entries.adapter[two]] = 2
+    more = counts[entries.adapter] > 2
+    if more.any():
+        width = int(p.domain.max(initial=0)) + 1
+        keys = np.unique(entries.adapter[more] * width + domain[more])
+        apart[keys // width] = np.bincount(keys // width, minlength=p.adapters)[keys // width]
     return np.where(counts > 1, apart, counts)
 
 
@@ -76,8 +81,6 @@ class _Taken:
 
 def _one_more(p: Columns, free: Ints, entries: Entries, lacking: Ints, apart: bool) -> Entries:
     """At most one copy more for each of the adapters."""
-    from loraserve.placement.limits import admit  # they are halves of one thing
-
     taken = _Taken(p, entries, lacking, apart)
     found_a: list[Ints] = []
     found_n: list[Ints] = []
