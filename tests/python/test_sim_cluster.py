@@ -12,7 +12,7 @@ from loraserve.controller.events import Residency
 from loraserve.controller.state import Settings
 from loraserve.errors import InvalidArgumentError, NotFoundError
 from loraserve.placement.cost_model import Slo
-from loraserve.placement.policies import POLICIES, policy_named
+from loraserve.placement.policies import DEFAULT_POLICY, POLICIES, policy_named
 from loraserve.placement.types import Placement, PlacementProblem
 from loraserve.sim.capacity import load_model
 from loraserve.sim.cluster import Cluster, ClusterSettings, Failure
@@ -37,7 +37,7 @@ def cluster(work: Workload, policy: Any = None, **changes: Any) -> Cluster:
     options: dict[str, Any] = {"nodes": 4, "control": Settings(placement_interval_ticks=15)}
     settings = ClusterSettings(**(options | changes))
     load = load_model(PROFILE, Slo(), work, settings.nodes)
-    return Cluster(work, PROFILE, policy or policy_named("rank_fill"), load, settings)
+    return Cluster(work, PROFILE, policy or policy_named(DEFAULT_POLICY), load, settings)
 
 
 def run(work: Workload, policy: Any = None, **changes: Any) -> Cluster:
@@ -239,7 +239,7 @@ def test_profiles_are_checked(tmp_path: Any, change: Any, why: str) -> None:
 
 
 def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "simulate --policy rank_fill --workload drift --nodes 3 --adapters 30 --seed 1 --json"
+    words = "simulate --policy rank_aware --workload drift --nodes 3 --adapters 30 --seed 1 --json"
     assert main([*words.split(), "--duration", "20"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {
@@ -247,7 +247,7 @@ def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> No
         "throughput_tokens_per_s", "slo_attainment", "bytes_moved", "adapter_bytes_held",
         "max_over_mean_load",
     } <= set(result)  # fmt: skip
-    assert (result["policy"], result["nodes"], result["adapters"]) == ("rank_fill", 3, 30)
+    assert (result["policy"], result["nodes"], result["adapters"]) == ("rank_aware", 3, 30)
     assert result["requests"] == result["finished"] > 50
 
 
@@ -261,7 +261,7 @@ def test_the_command_replays_a_file(tmp_path: Any, capsys: pytest.CaptureFixture
     assert main(["simulate", "--trace", str(path)]) == 1
     assert f"{path}, line 1, column 1: timestamp is missing" in capsys.readouterr().err
     assert main(["simulate", "--policy", "nonsense"]) == 1
-    assert "rank_fill" in capsys.readouterr().err
+    assert "rank_aware" in capsys.readouterr().err
 
 
 def test_requests_out_of_order_are_refused() -> None:
