@@ -66,8 +66,13 @@ class ClusterNode:
 
     def beat(self) -> Heartbeat:
         """What the node says at its next heartbeat."""
-        for sequence in self.engine.decoding_sequences():
-            self.count_decode(sequence)
+        steps, decode = self.engine.steps, self._decode
+        for sequence in self.engine.decoding_sequences():  # count_decode, written out
+            generated = sequence.generated + steps - sequence.start_step
+            tokens = generated - sequence.reported
+            if tokens:
+                sequence.reported = generated
+                decode[sequence.adapter] = decode.get(sequence.adapter, 0) + tokens
         if self._copies_of != self.pool.generation:
             self._copies_of = self.pool.generation
             self._copies = tuple(

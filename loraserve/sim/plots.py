@@ -23,7 +23,7 @@ def write_plots(rows: Sequence[Row], output: Path) -> list[Path]:
             "plots", "they need matplotlib: pip install 'loraserve[sim]'"
         ) from None
     paths = []
-    loads = select(rows, kind="load")
+    loads = select(rows, kind="load", scale=1.0)
     for engine in values(loads, "engine"):
         of_engine = select(loads, engine=engine)
         for key, label, log, line in (

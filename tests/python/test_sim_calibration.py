@@ -14,6 +14,7 @@ from statistics import mean
 import pytest
 
 from loraserve.errors import InvalidArgumentError
+from loraserve.placement.cost_model import StepLoad
 from loraserve.sim.profile_files import load_profile
 from loraserve.sim.recorded import read_recorded
 from loraserve.sim.replay import mean_tpot_s, mean_ttft_s, replay
@@ -36,6 +37,25 @@ def test_ttft_within_5_percent_and_tpot_within_3(part: slice) -> None:
     ttft, tpot = errors(part)
     assert abs(ttft) < 0.05
     assert abs(tpot) < 0.03
+
+
+def test_rank_costs_what_toppings_reports() -> None:
+    """28 % between rank mixes at the same batch size (Toppings, ATC'25): here a decode step of 32
+    distinct adapters of rank 64 against rank 8, on a padded engine."""
+    profile = load_profile("a100-llama-2-7b-padded")
+
+    def step_s(rank: int) -> float:
+        return profile.cost.seconds(
+            StepLoad(
+                decode_tokens=32,
+                context_tokens=32 * 500,
+                token_max_rank=32 * rank,
+                adapters=32,
+                adapter_bytes=32 * rank * profile.bytes_per_rank,
+            )
+        )
+
+    assert step_s(64) / step_s(8) == pytest.approx(1.28, abs=0.05)
 
 
 def test_a_broken_record_names_its_line(tmp_path: Path) -> None:
