@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from loraserve.errors import LoraServeError, NotFoundError, UnavailableError
 from loraserve.node.engine_api import ServedEngine
-from loraserve.node.held import DRAINING, FAILED, FETCHING, HOST, HeldAdapter, refusal
+from loraserve.node.held import DEVICE, DRAINING, FAILED, FETCHING, HOST, HeldAdapter, refusal
 from loraserve.node.limits import Limits, full
 from loraserve.node.requests import LiveRequest
 from loraserve.node.room import copies_to_evict
@@ -63,6 +63,7 @@ class HeldAdapters:
         self._slots = asyncio.Semaphore(_CONCURRENT_LOADS)
         self._threads = ThreadPoolExecutor(_CONCURRENT_LOADS, "adapter-load")
         self._cleanups: set[asyncio.Task[None]] = set()
+        self._installed: frozenset[str] = frozenset()
         self.generation = 1
 
     # What is here
@@ -72,13 +73,21 @@ class HeldAdapters:
             yield from copies.values()
 
     def residency(self) -> list[common_pb2.AdapterResidency]:
-        """Everything that the node holds, fetches or failed to load."""
-        return [held.to_wire() for held in self._all()]
+        """Everything that the node holds, fetches or failed to load. `generation`, read after it,
+        is that of what it returns."""
+        installed = self._engine.installed()
+        if installed != self._installed:
+            self._installed = installed
+            self.generation += 1  # not worth a heartbeat of its own
+        return [held.to_wire(held.engine_name in installed) for held in self._all()]
 
     def count_by_state(self) -> Counter[int]:
         """Copies by ResidencyState. The only method that other threads may call."""
+        installed = self._engine.installed()
         return Counter(
-            h.state for copies in list(self._held.values()) for h in list(copies.values())
+            DEVICE if h.state == HOST and h.engine_name in installed else h.state
+            for copies in list(self._held.values())
+            for h in list(copies.values())
         )
 
     def copies(self, adapter: AdapterId) -> list[HeldAdapter]:

@@ -208,11 +208,12 @@ class ControllerLink:
         self, demand: Sequence[common_pb2.AdapterDemand]
     ) -> controller_pb2.HeartbeatRequest:
         node = self._node
+        residency = node.adapters.residency()  # before its generation is read
         return controller_pb2.HeartbeatRequest(
             node_id=node.node_id,
             incarnation=node.incarnation,
             generation=node.adapters.generation,
-            residency=node.adapters.residency(),
+            residency=residency,
             load=node.load(),
             demand=demand,
             results=self._commands.take_results(),

@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
+from fuzz_budget import examples
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -273,7 +274,7 @@ class Cluster(RuleBasedStateMachine):
 
 TestCluster = Cluster.TestCase
 TestCluster.settings = hypothesis_settings(
-    max_examples=60, stateful_step_count=50, deadline=None, print_blob=True
+    max_examples=examples(60), stateful_step_count=50, deadline=None, print_blob=True
 )
 
 
