@@ -6,6 +6,7 @@ from typing import Any
 
 from loraserve.sim.claims_cases import MIDDLE_LOAD
 from loraserve.sim.claims_measures import (
+    WITHIN,
     Row,
     at_load,
     knee,
@@ -101,13 +102,21 @@ class _Report:
         for case in self._cases:
             cells = []
             for policy in self._policies:
-                rate, open_end = sustained_rate(self._curve(case, engine, policy))
-                cells.append(f"{'≥ ' if open_end else ''}{rate:.1f}")
+                curve = self._curve(case, engine, policy)
+                rate, open_end = sustained_rate(curve)
+                first = curve[0]
+                if first["slo_attainment"] < WITHIN:
+                    cells.append(f"< {first['rate_per_s']:.1f}")
+                else:
+                    cells.append(f"{'≥ ' if open_end else ''}{rate:.1f}")
             best, rate = self._best_blind(case, engine)
             gain = _ratio(self._rate(case, engine, self._ours), rate)
             body.append([case, *cells, f"{gain} ({best})"])
         return [
             f"## Sustained requests/s within SLO: {engine} engine",
+            "",
+            "≥: within SLO up to the highest load tried; <: not even at the lowest. Ratios take the "
+            "highest load, or a straight line from no load at all, in their place.",
             "",
             *_table(["workload", *self._policies, "ours to best rank-blind"], body),
         ]

@@ -57,8 +57,8 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(
         claims.QUICK,
         cases=tuple(replace(c, adapters=10, nodes=2) for c in claims.QUICK.cases),
-        loads=(0.4, 0.9),
-        node_counts=(2, 3),
+        loads=(0.7,),
+        node_counts=(2,),
         duration_s=20.0,
         interval_s=10.0,
     )
