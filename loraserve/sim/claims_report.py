@@ -115,8 +115,8 @@ class _Report:
         return [
             f"## Sustained requests/s within SLO: {engine} engine",
             "",
-            "≥: within SLO up to the highest load tried; <: not even at the lowest. Ratios take the "
-            "highest load, or a straight line from no load at all, in their place.",
+            "≥: within SLO up to the highest load tried; <: not even at the lowest. Ratios take "
+            "the highest load, or a straight line from no load at all, in their place.",
             "",
             *_table(["workload", *self._policies, "ours to best rank-blind"], body),
         ]

@@ -9,8 +9,10 @@ from loraserve.sim.cluster_node import ClusterNode
 from loraserve.sim.control import Control
 from loraserve.sim.workload import Workload
 
-# Placement intervals before time 0: as many as a budget of bytes may need to get there.
-WARM_INTERVALS = 3
+# Placement intervals before time 0, at most and at least: as many as a budget of bytes may need to
+# get there, and until the smoothed demand is within 4 % of what was told.
+WARM_INTERVALS = 4
+_LEAST_INTERVALS = 2
 _MAX_SETTLE_TICKS = 200
 
 
@@ -28,14 +30,18 @@ def warm_up(
         return
     interval = control.settings.placement_interval_ticks
     demand = _first_demand(workload, specs, interval * control.settings.tick_seconds)
-    for _ in range(WARM_INTERVALS):
+    for number in range(WARM_INTERVALS):
+        before = control.commands
         for tick in range(interval):
             # Spread over the interval, as if told by one of the nodes.
             told = tuple(demand[tick::interval])
             if told:
                 control.step(replace(nodes[0].beat(), demand=told))
-            control.tick(nodes)
+            # Nothing happens on the nodes: they only have to be heard before they count as lost.
+            control.tick(nodes if tick % control.settings.silent_ticks == 0 else ())
         _settle(control, nodes)
+        if control.commands == before and number + 1 >= _LEAST_INTERVALS:
+            return
 
 
 def _settle(control: Control, nodes: Sequence[ClusterNode]) -> None:
