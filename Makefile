@@ -27,7 +27,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 
 # What only tests and checks want: PyTorch, transformers, PEFT, linters.
 $(VENV)/.test: $(VENV)/.runtime
-	$(PIP) $$($(PY) tools/requirements.py test check)
+	$(PIP) $$($(PY) tools/requirements.py test check sim)
 	touch $@
 
 # Rebuilds what changed in csrc/ and proto/; quick when nothing did.
