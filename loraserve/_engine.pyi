@@ -313,19 +313,6 @@ class Output:
     @property
     def top_logprobs(self) -> list[list[tuple[int, float]]]:
         ...
-class StepReport:
-    @property
-    def installs(self) -> list[tuple[int, bool]]:
-        ...
-    @property
-    def outputs(self) -> list[Output]:
-        ...
-    @property
-    def records(self) -> list[...]:
-        ...
-    @property
-    def removed_adapters(self) -> list[int]:
-        ...
 class StepRecord:
     @property
     def adapter_bytes(self) -> int:
@@ -356,6 +343,19 @@ class StepRecord:
         ...
     @property
     def token_ranks(self) -> int:
+        ...
+class StepReport:
+    @property
+    def installs(self) -> list[tuple[int, bool]]:
+        ...
+    @property
+    def outputs(self) -> list[Output]:
+        ...
+    @property
+    def records(self) -> list[StepRecord]:
+        ...
+    @property
+    def removed_adapters(self) -> list[int]:
         ...
 class EngineStats:
     @property

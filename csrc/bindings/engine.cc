@@ -232,11 +232,6 @@ void BindReport(py::module_& m) {
           [](const Output& output) -> std::string { return CodeName(output.error.code()); })
       .def_property_readonly("error_message",
                              [](const Output& output) { return output.error.message(); });
-  py::class_<StepReport>(m, "StepReport")
-      .def_readonly("outputs", &StepReport::outputs)
-      .def_readonly("removed_adapters", &StepReport::removed_adapters)
-      .def_readonly("installs", &StepReport::installs)
-      .def_readonly("records", &StepReport::records);
   py::class_<StepRecord>(m, "StepRecord")
       .def_readonly("seconds", &StepRecord::seconds)
       .def_readonly("prefill_tokens", &StepRecord::prefill_tokens)
@@ -248,6 +243,11 @@ void BindReport(py::module_& m) {
       .def_readonly("adapter_bytes", &StepRecord::adapter_bytes)
       .def_readonly("max_rank", &StepRecord::max_rank)
       .def_readonly("installs", &StepRecord::installs);
+  py::class_<StepReport>(m, "StepReport")
+      .def_readonly("outputs", &StepReport::outputs)
+      .def_readonly("removed_adapters", &StepReport::removed_adapters)
+      .def_readonly("installs", &StepReport::installs)
+      .def_readonly("records", &StepReport::records);
   py::class_<EngineStats>(m, "EngineStats")
       .def_readonly("steps", &EngineStats::steps)
       .def_readonly("prompt_tokens", &EngineStats::prompt_tokens)
