@@ -40,7 +40,7 @@ PYTHON_FLOORS: dict[str, set[str]] = (
     | {"sim": GROUND | {"placement", "client", "controller"}}
     # The top: commands and the demo.
     | {"cli": GROUND | MIDDLE | UPPER | {"commands", "demo"}}
-    | {"commands": GROUND | MIDDLE | UPPER | {"demo", "sim"}}
+    | {"commands": GROUND | MIDDLE | UPPER | {"demo", "sim", "profiler"}}
     | {"demo": GROUND | MIDDLE | UPPER, "profiler": GROUND | MIDDLE}
 )
 PYTHON_FLOORS["__init__"] = GROUND | {"engine", "client"}

@@ -54,20 +54,26 @@ class Grid:
     repeats: int = 6
 
 
-def scenarios(grid: Grid, max_sequences: int, max_prompt: int) -> list[Scenario]:
-    """Base only, one adapter shared, several of one rank, and ranks mixed."""
+QUICK = Grid(decodes=(1, 4, 16), prefills=(16, 128), ranks=(8, 32, 128), adapters_per_rank=4)
+
+
+def scenarios(
+    grid: Grid, adapters_per_rank: int, max_sequences: int, max_prompt: int
+) -> list[Scenario]:
+    """Base only, one adapter shared, several of one rank, and ranks mixed. `adapters_per_rank`:
+    those that are loaded."""
     prefills = tuple(p for p in grid.prefills if p <= max_prompt)
     decodes = [d for d in grid.decodes if d < max_sequences]
     found = [Scenario((None,) * d, prefills) for d in (0, *decodes)]
     for rank in grid.ranks:
         found.append(Scenario((), prefills, (rank, 0)))
         for count in decodes:
-            for distinct in sorted({1, min(count, grid.adapters_per_rank)}):
+            for distinct in sorted({1, min(count, adapters_per_rank)}):
                 adapters = tuple((rank, i % distinct) for i in range(count))
                 found.append(Scenario(adapters, prefills[::2], adapters[0]))
     for count in decodes[2:]:
         mixed = tuple(
-            (grid.ranks[i % len(grid.ranks)], i // len(grid.ranks) % grid.adapters_per_rank)
+            (grid.ranks[i % len(grid.ranks)], i // len(grid.ranks) % adapters_per_rank)
             for i in range(count)
         )
         found.append(Scenario(mixed, prefills[1::2], mixed[0]))

@@ -48,6 +48,8 @@ def load_profile(name: str) -> Profile:
 
 
 def _profile(name: str, raw: Any) -> Profile:
+    if isinstance(raw, Mapping):  # what `loraserve bench profile` tells beside the profile
+        raw = {key: value for key, value in raw.items() if key != "measured"}
     values = _checked(name, raw, Profile)
     values["cost"] = CostModel(**_checked(f"{name}: cost", values["cost"], CostModel))
     profile = Profile(**values)
