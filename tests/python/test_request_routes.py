@@ -267,11 +267,28 @@ def test_the_revision_of_the_table_is_asked_for_and_the_name_alone_where_that_is
             ):
                 await asks.answer(ONE, adapter="sql")
                 await asks.answer(ONE, adapter="rot13")
-                # What the caller names is not given up.
-                with pytest.raises(NotFoundError):
-                    await asks.answer(ONE, adapter="rot13", revision="b" * 64)
         assert [r.adapter.revision for r in current.requests] == [route.revision]
         asked = [(r.attempt, r.adapter.HasField("revision")) for r in ahead.requests]
-        assert asked == [(0, True), (1, False), (0, True)]
+        assert asked == [(0, True), (1, False)]
+
+    run(test)
+
+
+def test_a_revision_that_the_caller_names_is_not_given_up() -> None:
+    async def test() -> None:
+        async def refuses(request: GenerateRequest, context: Any) -> None:
+            await abort(context, NotFoundError("adapter", "has no such revision"))
+
+        async with bad_node(refuses) as node:
+            table = routes(
+                1, nodes=[node_route("n1", node.address)], adapters=[adapter_route("sql", "n1")]
+            )
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                with pytest.raises(NotFoundError):
+                    await asks.answer(ONE, adapter="sql", revision="b" * 64)
+        assert [r.adapter.revision for r in node.requests] == ["b" * 64]
 
     run(test)
