@@ -92,6 +92,8 @@ class ControllerState:
         self._histories = {h[0].adapter: h for h in histories}
         self._desired = {a: n for a, n in (placement or {}).items() if a in self._histories}
         self._awaited = {n for nodes in self._desired.values() for n in nodes}
+        self._shares: Mapping[AdapterId, tuple[float, ...]] = {}
+        self._weights: dict[AdapterId, dict[str, int]] = {}
         self._unplaced: Mapping[AdapterId, str] = {}
         self._must_place = True
         self._members = Membership()
@@ -243,10 +245,13 @@ class ControllerState:
             current={a: self._desired.get(a) or held[a] for a in self._histories},
             forbidden=self._failures.forbidden(),
             replicas=self._settings.replicas,
+            current_shares=self._shares,
         )
         placement = self._policy(problem)
         self._must_place = False
         self._unplaced = placement.unplaced
+        self._shares = placement.shares
+        self._weights = {a: placement.weights(a, WHOLE_WEIGHT) for a in placement.holders}
         if placement.holders == self._desired:
             return []
         self._desired = dict(placement.holders)
@@ -304,7 +309,10 @@ class ControllerState:
             # Until every target serves, those that are to go help on.
             if len(chosen) < max(1, len(wanted)):
                 chosen = serving
-            holders = tuple(RouteHolder(n, WHOLE_WEIGHT, c.state) for n, c in chosen)
+            weights = self._weights.get(adapter, {})
+            holders = tuple(
+                RouteHolder(n, weights.get(n, WHOLE_WEIGHT), c.state) for n, c in chosen
+            )
             route = RevisionRoute(spec.revision, holders, spec.max_rank, spec.size_bytes)
             return AdapterRoute(adapter, spec.revision, (route,))
         return AdapterRoute(adapter, self._histories[adapter][0].revision, (), self._why(adapter))

@@ -3,16 +3,50 @@
 from collections.abc import Mapping
 
 from loraserve.errors import InvalidArgumentError
-from loraserve.placement.rank_fill import rank_fill
-from loraserve.placement.types import PlacementPolicy
+from loraserve.placement import baselines
+from loraserve.placement.columns import ColumnPolicy
+from loraserve.placement.convert import columns_of, placement_of
+from loraserve.placement.paper import paper
+from loraserve.placement.rank_aware import rank_aware
+from loraserve.placement.types import Placement, PlacementPolicy, PlacementProblem
 
-DEFAULT_POLICY = "rank_fill"
+DEFAULT_POLICY = "rank_aware"
 
-POLICIES: Mapping[str, PlacementPolicy] = {"rank_fill": rank_fill}
+COLUMN_POLICIES: Mapping[str, ColumnPolicy] = {
+    "rank_aware": rank_aware,
+    "paper": paper,
+    "random": baselines.random,
+    "contiguous": baselines.contiguous,
+    "hash": baselines.hashed,
+    "load_only": baselines.load_only,
+    "request_level": baselines.request_level,
+}
+
+
+def _on_objects(policy: ColumnPolicy) -> PlacementPolicy:
+    def place(problem: PlacementProblem) -> Placement:
+        columns = columns_of(problem)
+        return placement_of(columns, policy(columns))
+
+    return place
+
+
+POLICIES: Mapping[str, PlacementPolicy] = {
+    name: _on_objects(policy) for name, policy in COLUMN_POLICIES.items()
+}
 
 
 def policy_named(name: str) -> PlacementPolicy:
     """Raises InvalidArgumentError that lists the names."""
-    if name not in POLICIES:
-        raise InvalidArgumentError("policy", f"{name!r}: one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[name]
+    return _named(name, POLICIES)
+
+
+def column_policy_named(name: str) -> ColumnPolicy:
+    """The same on columns, for large problems. Raises InvalidArgumentError that lists the names."""
+    return _named(name, COLUMN_POLICIES)
+
+
+def _named(name: str, policies):  # type: ignore[no-untyped-def]
+    if name not in policies:
+        raise InvalidArgumentError("policy", f"{name!r}: one of {', '.join(sorted(policies))}")
+    return policies[name]

@@ -30,9 +30,10 @@ from loraserve.controller.events import (
     Tick,
 )
 from loraserve.controller.state import ControllerState, Settings
-from loraserve.placement.rank_fill import rank_fill
+from loraserve.placement.policies import policy_named
 from loraserve.placement.types import AdapterId, AdapterSpec
 
+POLICY = policy_named("rank_aware")
 NODES = ("n1", "n2", "n3")
 NAMES = ("a", "b", "c", "d")
 MEMORY = 25
@@ -57,7 +58,7 @@ class FakeNode:
 class Cluster(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.state = ControllerState(SETTINGS, rank_fill, epoch=1)
+        self.state = ControllerState(SETTINGS, POLICY, epoch=1)
         self.nodes: dict[str, FakeNode] = {}
         self.saved: dict[AdapterId, tuple[str, ...]] = {}
         self.version = self.command = self.revisions = self.incarnations = 0
@@ -220,7 +221,7 @@ class Cluster(RuleBasedStateMachine):
     @rule()
     def controller_restarts(self) -> None:
         histories = list(self.state._histories.values())
-        self.state = ControllerState(SETTINGS, rank_fill, 2, histories, self.saved)
+        self.state = ControllerState(SETTINGS, POLICY, 2, histories, self.saved)
         self.version = self.command = 0
         for node in self.nodes.values():
             node.inbox.clear()

@@ -31,9 +31,10 @@ from loraserve.controller.events import (
 )
 from loraserve.controller.state import ControllerState, Settings
 from loraserve.errors import LoraServeError
-from loraserve.placement.rank_fill import rank_fill
+from loraserve.placement.policies import policy_named
 from loraserve.placement.types import AdapterId, AdapterSpec
 
+POLICY = policy_named("rank_aware")
 FILES = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 
 
@@ -75,7 +76,7 @@ class Play:
     """One transcript's controller; nodes exist in the lines only."""
 
     def __init__(self) -> None:
-        self.state = ControllerState(Settings(), rank_fill, epoch=1)
+        self.state = ControllerState(Settings(), POLICY, epoch=1)
         self.generation = 0
         self.last_load: dict[str, int] = {}
 
@@ -85,7 +86,7 @@ class Play:
             name, options, node = word.split(":")
             histories.append((spec(name, dict(o.split("=") for o in options.split(","))),))
             placement[adapter(name)] = (node,)
-        self.state = ControllerState(Settings(), rank_fill, 2, histories, placement)
+        self.state = ControllerState(Settings(), POLICY, 2, histories, placement)
 
     def event(self, verb: str, name: str, rest: list[str]) -> Event:
         options = dict(word.split("=") for word in rest if "=" in word)
@@ -162,7 +163,7 @@ def test_there_are_transcripts() -> None:
 
 
 def test_demand_is_a_smoothed_rate() -> None:
-    state = ControllerState(Settings(placement_interval_ticks=10), rank_fill, 1)
+    state = ControllerState(Settings(placement_interval_ticks=10), POLICY, 1)
     state.step(NodeRegistered(NodeRecord("n1", 1, "n1:1", "base", "", 100)))
     sql = AdapterSpec(adapter("sql"), "a1", 10, 8)
     state.step(AdapterAdded(sql))

@@ -1,0 +1,102 @@
+"""Splits a problem by base and takes out what no node could ever hold, so that a policy sees one
+base, at least one node, and only adapters that fit somewhere."""
+
+from dataclasses import replace
+from functools import wraps
+
+import numpy as np
+
+from loraserve.placement.columns import Bools, ColumnPolicy, Columns, Entries, Plan
+from loraserve.placement.load import Ints
+
+
+def by_base(policy: ColumnPolicy) -> ColumnPolicy:
+    """`policy` for problems of any bases."""
+
+    @wraps(policy)
+    def whole(p: Columns) -> Plan:
+        reasons: dict[int, str] = {}
+        parts: list[tuple[Ints, Ints, Plan]] = []
+        for base in np.unique(p.adapter_base):
+            rows = np.flatnonzero(p.adapter_base == base)
+            nodes = np.flatnonzero(p.node_base == base)
+            if not len(nodes):
+                why = f"no node serves the base {p.bases[base]!r}"
+                reasons |= dict.fromkeys(rows.tolist(), why)
+                continue
+            part = _part(p, rows, nodes)
+            fits = _fits_somewhere(part)
+            for i in np.flatnonzero(~fits).tolist():
+                reasons[int(rows[i])] = _why_nowhere(part, i)
+            if not fits.all():
+                rows = rows[fits]
+                part = _part(p, rows, nodes)
+            if len(rows):
+                parts.append((rows, nodes, policy(part)))
+        for rows, _, plan in parts:
+            reasons |= {int(rows[i]): why for i, why in plan.reasons.items()}
+        if len(parts) == 1 and len(parts[0][0]) == p.adapters and len(parts[0][1]) == p.nodes:
+            return Plan(parts[0][2].entries, reasons)
+        found = [(r[plan.entries.adapter], n[plan.entries.node], plan) for r, n, plan in parts]
+        if not found:
+            return Plan(Entries.none(), reasons)
+        columns = (
+            np.concatenate([a for a, _, _ in found]),
+            np.concatenate([n for _, n, _ in found]),
+            np.concatenate([plan.entries.share for _, _, plan in found]),
+        )
+        return Plan(Entries.of(*columns), reasons)
+
+    return whole
+
+
+def _part(p: Columns, rows: Ints, nodes: Ints) -> Columns:
+    """The problem of some adapters and nodes; the same object where that is all of them."""
+    if len(rows) == p.adapters and len(nodes) == p.nodes:
+        return p
+    row = np.full(p.adapters, -1, np.int64)
+    row[rows] = np.arange(len(rows))
+    place = np.full(p.nodes, -1, np.int64)
+    place[nodes] = np.arange(len(nodes))
+    now = p.current.where((row[p.current.adapter] >= 0) & (place[p.current.node] >= 0))
+    bad_a, bad_n = np.divmod(p.forbidden, max(1, p.nodes))
+    inside = (row[bad_a] >= 0) & (place[bad_n] >= 0)
+    return replace(
+        p,
+        size_bytes=p.size_bytes[rows],
+        rank=p.rank[rows],
+        prefill=p.prefill[rows],
+        decode=p.decode[rows],
+        adapter_ids=[p.adapter_ids[i] for i in rows],
+        adapter_base=p.adapter_base[rows],
+        memory=p.memory[nodes],
+        max_rank=p.max_rank[nodes],
+        domain=p.domain[nodes],
+        speed=p.speed[nodes],
+        node_ids=[p.node_ids[i] for i in nodes],
+        node_base=p.node_base[nodes],
+        current=Entries(row[now.adapter], place[now.node], now.share),
+        forbidden=np.sort(row[bad_a[inside]] * len(nodes) + place[bad_n[inside]]),
+    )
+
+
+def _fits_somewhere(p: Columns) -> Bools:
+    """[adapters]: whether an empty cluster has a node for it."""
+    order = np.argsort(-p.rank_limit, kind="stable")
+    limits = -p.rank_limit[order]  # rising; nodes of at least a rank's limit are a prefix
+    most = np.maximum.accumulate(p.memory[order])
+    count = np.searchsorted(limits, -p.rank, side="right")
+    fits = (count > 0) & (most[np.maximum(count - 1, 0)] >= p.size_bytes)
+    everywhere = np.arange(p.nodes)
+    for a in np.unique(p.forbidden // p.nodes).tolist():
+        fits[a] = p.able(np.full(p.nodes, a), everywhere).any()
+    return np.asarray(fits)
+
+
+def _why_nowhere(p: Columns, a: int) -> str:
+    tall = p.rank_limit >= p.rank[a]
+    if not tall.any():
+        return f"rank {p.rank[a]} is over the limit of every node"
+    if not (tall & (p.memory >= p.size_bytes[a])).any():
+        return f"no node has {p.size_bytes[a]} bytes of adapter memory"
+    return "loading failed on every node"

@@ -1,0 +1,226 @@
+"""Relieves the busiest nodes of a plan, one after the other, with as few bytes as it can.
+
+First shares shift between copies that exist, which moves nothing; then copies move, or are split,
+to the node where they fit best: one that stays under the goal and serves the nearest rank already.
+On an engine that pads, adapters that alone make a node's rank high go first.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from loraserve.placement.columns import Columns, Entries
+from loraserve.placement.ledger import GONE, Ledger
+from loraserve.placement.load import Floats, Ints
+from loraserve.placement.operating_point import MAX_RANK
+
+# Pieces below this utilisation are not worth a copy.
+LEAST_PIECE = 0.002
+# Of one node, the entries looked at for shifting shares.
+SHIFTS = 48
+# Copies that are looked at to make room for one.
+CLEARED = 12
+# An adapter rank with less than this part of a node's tokens is a stray there.
+STRAY_PART = 0.25
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Nodes over `above` are brought down to `to`; `bytes_left` may be copied, None: any."""
+
+    above: float
+    to: float
+    bytes_left: int | None = None
+
+
+def rebalance(p: Columns, entries: Entries, aim: Aim) -> Entries:
+    """The relieved plan. Where limits leave a node over `aim.above`, others are only brought below
+    that node."""
+    ledger = Ledger(p, entries)
+    work = _Relief(ledger, aim)
+    above = aim.above
+    stuck = np.zeros(p.nodes, np.bool_)
+    for _ in range(4 * p.nodes):
+        hot = int(np.argmax(np.where(stuck, -1.0, ledger.load)))
+        if ledger.load[hot] <= above * (1 + 1e-9):
+            break
+        if stuck.all() or not work.relieve(hot, max(aim.to, above * 0.97 if stuck.any() else 0.0)):
+            stuck[hot] = True
+            above = max(above, float(ledger.load[hot]))
+    return ledger.entries()
+
+
+class _Relief:
+    def __init__(self, ledger: Ledger, aim: Aim) -> None:
+        self.l, self.p = ledger, ledger.p
+        self.bytes_left = aim.bytes_left
+
+    def relieve(self, hot: int, goal: float) -> bool:
+        """Whether the node is at the goal, or at least much nearer to it."""
+        before = float(self.l.load[hot])
+        self._shift(hot, goal)
+        if self.l.load[hot] > goal * (1 + 1e-9):
+            self._move(hot, goal)
+        after = float(self.l.load[hot])
+        return after <= goal * (1 + 1e-6) or after < before - 0.25 * (before - goal)
+
+    def _charges(self, node: int, features: Floats) -> Floats:
+        weights = self.l.weights[min(int(self.l.ranks[node]), MAX_RANK)]
+        return np.asarray((features * weights).sum(axis=1) / self.p.capacity[node])
+
+    def _shift(self, hot: int, goal: float) -> None:
+        """To other copies of the node's adapters."""
+        l, p = self.l, self.p
+        e, adapter, share, features = l.serving(hot)
+        charge = self._charges(hot, features)
+        order = np.argsort(-charge, kind="stable")[:SHIFTS]
+        rank = p.rank[adapter]
+        for i in order.tolist():
+            if l.load[hot] <= goal or charge[i] < LEAST_PIECE / 4:
+                return
+            others = [x for x in l.copies(int(adapter[i])) if x != e[i]]
+            if not others:
+                continue
+            # A copy that would raise its node's rank would slow the whole node.
+            others = [x for x in others if not p.load.padded or l.ranks[l.node_of(x)] >= rank[i]]
+            for to in sorted(others, key=lambda x: (l.load[l.node_of(x)], x)):
+                self._shift_one(int(e[i]), to, goal)
+                if l.load[hot] <= goal:
+                    return
+
+    def _shift_one(self, e: int, to: int, goal: float) -> None:
+        l, p = self.l, self.p
+        source, target, share = l.node_of(e), l.node_of(to), l.share_of(e)
+        slack = goal - float(l.load[target])
+        if slack <= 1e-6 or share <= 0:
+            return
+        piece = p.charges.features(np.array([l.adapter_of(e)]), np.array([share]))
+        here = float(self._charges(source, piece)[0])
+        there = float(self._charges(target, piece)[0])
+        part = min(1.0, slack / max(there, 1e-12), (l.load[source] - goal) / max(here, 1e-12))
+        if part * here < LEAST_PIECE / 8:
+            return
+        l.set_share(to, max(l.share_of(to), 0.0) + share * part)
+        l.set_share(e, share * (1 - part) if part < 1 else 0.0)
+        if part >= 1:
+            self._drop_if_spare(e)
+
+    def _drop_if_spare(self, e: int) -> None:
+        """Drops an idle copy that replicas do not need."""
+        l, p = self.l, self.p
+        rest = [l.node_of(x) for x in l.copies(l.adapter_of(e)) if x != e]
+        domains = len({int(p.domain[n]) for n in rest})
+        held = len({int(p.domain[n]) for n in [*rest, l.node_of(e)]})
+        if len(rest) >= p.replicas and domains >= min(p.replicas, held):
+            l.set_share(e, GONE)
+
+    def _move(self, hot: int, goal: float) -> None:
+        """To nodes that have no copy yet."""
+        l, p = self.l, self.p
+        e, adapter, share, features = l.serving(hot)
+        charge = self._charges(hot, features)
+        for i in self._order(hot, goal, adapter, share, charge).tolist():
+            if l.load[hot] <= goal * (1 + 1e-9):
+                return
+            size = int(p.size_bytes[adapter[i]])
+            if charge[i] < LEAST_PIECE / 8:
+                continue
+            if not self._pays(size) or l.share_of(int(e[i])) <= 0:
+                continue
+            if self._move_one(int(e[i]), features[i], float(charge[i]), goal):
+                self._pay(size)
+
+    def _order(
+        self, hot: int, goal: float, adapter: Ints, share: Floats, charge: Floats
+    ) -> Ints:
+        """Most relief for a byte first."""
+        p = self.p
+        excess = float(self.l.load[hot]) - goal
+        size = np.maximum(p.size_bytes[adapter], 1)
+        worth = np.minimum(charge, excess) / size
+        # Pieces that fit the excess as a whole before those that must be split.
+        order = np.lexsort((-worth, charge > 1.2 * excess))
+        if len(order) and worth[order[0]] * 4 < worth.max():
+            order = np.argsort(-worth, kind="stable")
+        if not p.load.padded or not len(order):
+            return order
+        tokens = (p.prefill + p.decode)[adapter] * share
+        rank = p.rank[adapter]
+        stray = tokens[rank == rank.max()].sum() < STRAY_PART * tokens.sum()
+        far = -rank if stray else rank
+        return order[np.argsort(far[order], kind="stable")]
+
+    def _move_one(self, e: int, features: Floats, charge: float, goal: float) -> bool:
+        l, p = self.l, self.p
+        a, hot, share = l.adapter_of(e), l.node_of(e), l.share_of(e)
+        excess = float(l.load[hot]) - goal
+        whole = charge <= 1.2 * excess or charge < 4 * LEAST_PIECE
+        others = [l.node_of(x) for x in l.copies(a) if x != e]
+        stay = [*others, hot] if not whole or p.replicas == 1 else others
+        part = 1.0 if whole else excess / charge
+        after = l.added_load(a, share * part, features * part)
+        after[hot] = np.inf
+        n = self._target(a, after, stay, goal)
+        if n < 0:
+            return False
+        if after[n] > goal:  # no node takes all of it: this one takes what it has room for
+            slack = goal - float(l.load[n])
+            part *= min(1.0, slack / max(float(after[n] - l.load[n]), 1e-12))
+            if slack <= 0 or part * charge < LEAST_PIECE:
+                return False
+        l.add(a, n, share * part)
+        l.set_share(e, share * (1 - part) if part < 1 else 0.0)
+        if part >= 1:
+            self._drop_if_spare(e)
+        return True
+
+    def _target(self, a: int, after: Floats, stay: list[int], goal: float) -> int:
+        """The node that takes the adapter's copy; -1 where none can. Memory is made where only
+        that is missing."""
+        l, p = self.l, self.p
+        far = np.abs(l.ranks - p.rank[a]) / MAX_RANK
+        score = np.where(after <= goal, far + 1e-3 * after, 2.0 + after)
+        score[~l.may_take(a, stay)] = np.inf
+        n = int(np.argmin(score))
+        if score[n] < 2.0:
+            return n
+        wanted = l.may_take(a, stay, p.memory) & (after < np.inf)
+        wanted &= (l.load < goal - LEAST_PIECE) & (l.free < p.size_bytes[a])
+        limit = (goal + float(l.load.max())) / 2
+        for t in np.argsort(np.where(wanted, after, np.inf), kind="stable")[:2].tolist():
+            if wanted[t] and after[t] < after[n] * 0.98 and self._clear(t, a, float(after[t] - l.load[t]), limit):
+                return t
+        return n if score[n] < np.inf else -1
+
+    def _clear(self, node: int, a: int, gain: float, limit: float) -> bool:
+        """Moves adapters with many bytes for their load off the node, to make room for `a`, that
+        brings `gain`; no node goes over `limit` by that."""
+        l, p = self.l, self.p
+        e, adapter, share = l.held(node)
+        features = p.charges.features(adapter, share)
+        charge = self._charges(node, features)
+        order = np.argsort(charge / np.maximum(p.size_bytes[adapter], 1), kind="stable")
+        for i in order[:CLEARED].tolist():
+            if l.free[node] >= p.size_bytes[a]:
+                break
+            size = int(p.size_bytes[adapter[i]])
+            if adapter[i] == a or charge[i] > gain / 2 or not self._pays(size):
+                continue
+            others = [l.node_of(x) for x in l.copies(int(adapter[i])) if x != e[i]]
+            allowed = l.may_take(int(adapter[i]), others)
+            allowed &= l.added_load(int(adapter[i]), float(share[i]), features[i]) <= limit
+            allowed[node] = False
+            if not allowed.any():
+                continue
+            to = int(np.argmax(np.where(allowed, l.free, -1)))
+            l.add(int(adapter[i]), to, float(share[i]))
+            l.set_share(int(e[i]), GONE)
+            self._pay(size)
+        return bool(l.free[node] >= p.size_bytes[a])
+
+    def _pays(self, size: int) -> bool:
+        return self.bytes_left is None or size <= self.bytes_left
+
+    def _pay(self, size: int) -> None:
+        if self.bytes_left is not None:
+            self.bytes_left -= size
