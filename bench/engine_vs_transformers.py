@@ -42,9 +42,7 @@ def make_checkpoint(root: Path) -> tuple[Path, list[Path]]:
     base.save_pretrained(root / "base")
     adapters = []
     for index, rank in enumerate(RANKS):
-        lora = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=MODULES, init_lora_weights=False
-        )
+        lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=MODULES, init_lora_weights=False)
         model = get_peft_model(LlamaForCausalLM.from_pretrained(root / "base"), lora)
         adapters.append(root / f"a{index}")
         model.save_pretrained(adapters[-1])
@@ -140,8 +138,7 @@ def main() -> int:
         base, adapters = make_checkpoint(Path(scratch))
         theirs = Theirs(base, adapters)
         engines = {
-            dtype: Ours(base, adapters, options.threads, dtype)
-            for dtype in ("float32", "bfloat16")
+            dtype: Ours(base, adapters, options.threads, dtype) for dtype in ("float32", "bfloat16")
         }
         backend = engines["float32"].engine.backend_name
         runs: dict[str, Any] = {"theirs": theirs, **engines}

@@ -6,8 +6,10 @@ from functools import wraps
 
 import numpy as np
 
-from loraserve.placement.columns import Bools, ColumnPolicy, Columns, Entries, Plan
-from loraserve.placement.load import Ints
+from loraserve.placement.arrays import Bools, Ints
+from loraserve.placement.columns import ColumnPolicy, Columns, Entries, Plan
+
+MOST_PAIRS = 2_000_000  # (adapter, node) pairs looked at in one piece
 
 
 def by_base(policy: ColumnPolicy) -> ColumnPolicy:
@@ -17,7 +19,8 @@ def by_base(policy: ColumnPolicy) -> ColumnPolicy:
     def whole(p: Columns) -> Plan:
         reasons: dict[int, str] = {}
         parts: list[tuple[Ints, Ints, Plan]] = []
-        for base in np.unique(p.adapter_base):
+        bases = np.unique(p.adapter_base) if len(p.bases) > 1 else np.zeros(min(1, p.adapters), int)
+        for base in bases:
             rows = np.flatnonzero(p.adapter_base == base)
             nodes = np.flatnonzero(p.node_base == base)
             if not len(nodes):
@@ -87,9 +90,10 @@ def _fits_somewhere(p: Columns) -> Bools:
     most = np.maximum.accumulate(p.memory[order])
     count = np.searchsorted(limits, -p.rank, side="right")
     fits = (count > 0) & (most[np.maximum(count - 1, 0)] >= p.size_bytes)
-    everywhere = np.arange(p.nodes)
-    for a in np.unique(p.forbidden // p.nodes).tolist():
-        fits[a] = p.able(np.full(p.nodes, a), everywhere).any()
+    ill = np.unique(p.forbidden // p.nodes)
+    for some in np.array_split(ill, 1 + len(ill) * p.nodes // MOST_PAIRS):
+        pairs = np.repeat(some, p.nodes), np.tile(np.arange(p.nodes), len(some))
+        fits[some] = p.able(*pairs).reshape(len(some), p.nodes).any(axis=1)
     return np.asarray(fits)
 
 

@@ -12,10 +12,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from loraserve.placement.load import Charges, Floats, Ints, LoadModel, default_load_model
+from loraserve.placement.arrays import Bools, Floats, Ints
+from loraserve.placement.load import Charges, LoadModel, default_load_model
 from loraserve.placement.operating_point import MAX_RANK
 
-Bools = npt.NDArray[np.bool_]
+MOST_LISTED = 4096  # ranks up to this are found by a table, others by sorting
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,8 @@ class Entries:
         a, n = np.asarray(adapter, np.int64), np.asarray(node, np.int64)
         s = np.asarray(share, np.float64)
         if len(a) and not np.all((a[1:] > a[:-1]) | ((a[1:] == a[:-1]) & (n[1:] > n[:-1]))):
-            order = np.lexsort((n, a))
+            # A merge of sorted runs is what callers have: the stable sort does that in one pass.
+            order = np.argsort(a * (int(n.max()) + 1) + n, kind="stable")
             a, n, s = a[order], n[order], s[order]
         return Entries(a, n, s)
 
@@ -101,6 +103,17 @@ class Columns:
     @cached_property
     def capacity(self) -> Floats:
         return self.load.capacity(self.speed)
+
+    @cached_property
+    def rank_classes(self) -> tuple[Ints, Ints]:
+        """The distinct ranks, highest first, and which of them each adapter has."""
+        if self.rank.max(initial=0) > MOST_LISTED:
+            ranks, of = np.unique(-self.rank, return_inverse=True)
+            return -ranks, of.astype(np.int64)
+        ranks = np.flatnonzero(np.bincount(self.rank))[::-1]
+        table = np.zeros(MOST_LISTED + 1, np.int64)
+        table[ranks] = np.arange(len(ranks))
+        return ranks, table[self.rank]
 
     @cached_property
     def rank_limit(self) -> Ints:

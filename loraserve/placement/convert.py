@@ -1,13 +1,16 @@
 """From the objects of `types.py` to columns and back, with the checks of what callers hand in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from loraserve.errors import InvalidArgumentError
+from loraserve.placement.arrays import Floats
 from loraserve.placement.columns import Columns, Entries, Plan
-from loraserve.placement.operating_point import Floats
 from loraserve.placement.types import (
+    AdapterId,
     Demand,
     NodeCapacity,
     Placement,
@@ -80,7 +83,7 @@ def check_columns(p: Columns) -> None:
         raise InvalidArgumentError("byte_budget", f"{p.byte_budget}: at least 0")
 
 
-def _refuse(field: str, values: Floats | np.ndarray, wrong: np.ndarray) -> None:
+def _refuse(field: str, values: Floats | npt.NDArray[Any], wrong: npt.NDArray[Any]) -> None:
     if wrong.any():
         at = int(np.argmax(wrong))
         raise InvalidArgumentError(field, f"{values[at]} in row {at}")
@@ -93,14 +96,16 @@ def _refuse_twice(field: str, names: Sequence[object]) -> None:
         raise InvalidArgumentError(field, f"{twice} is there twice")
 
 
-def _domains(nodes: Sequence[NodeCapacity]) -> np.ndarray:
+def _domains(nodes: Sequence[NodeCapacity]) -> npt.NDArray[Any]:
     """A node without a domain is one of its own."""
     rows: dict[tuple[bool, str], int] = {}
     keys = [(bool(n.domain), n.domain or n.node_id) for n in nodes]
     return np.array([rows.setdefault(key, len(rows)) for key in keys], np.int64)
 
 
-def _current(problem: PlacementProblem, row: dict, place: dict) -> Entries:
+def _current(
+    problem: PlacementProblem, row: Mapping[AdapterId, int], place: Mapping[str, int]
+) -> Entries:
     """What of the current placement is on nodes that are still here; shares as they were."""
     adapters, nodes, shares = [], [], []
     for adapter, held in problem.current.items():
@@ -119,9 +124,9 @@ def _current(problem: PlacementProblem, row: dict, place: dict) -> Entries:
 
 def placement_of(p: Columns, plan: Plan) -> Placement:
     """Back to names; holders by node id."""
-    holders: dict = {}
-    shares: dict = {}
-    ids, names = p.adapter_ids, p.node_ids
+    holders: dict[AdapterId, tuple[str, ...]] = {}
+    shares: dict[AdapterId, tuple[float, ...]] = {}
+    ids, names = cast(Sequence[AdapterId], p.adapter_ids), p.node_ids
     entries = plan.entries
     for a, n, s in zip(
         entries.adapter.tolist(), entries.node.tolist(), entries.share.tolist(), strict=True

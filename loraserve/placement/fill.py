@@ -4,15 +4,16 @@ split.
 
 For equal nodes and no memory limit this is optimal in whole ranks: a node that serves rank r may
 serve any lower rank, so the fewest nodes for the highest ranks leave most for the others, and a
-border node's rest goes to the next rank (exchange argument). Nodes that allow fewer ranks come last.
+border node's rest goes to the next rank (exchange argument). Nodes that allow fewer ranks come
+last.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from loraserve.placement.columns import Bools, Columns, Entries
-from loraserve.placement.load import Floats, Ints
+from loraserve.placement.arrays import Bools, Floats, Ints
+from loraserve.placement.columns import Columns, Entries
 from loraserve.placement.operating_point import MAX_RANK
 from loraserve.placement.room import segment_sums
 
@@ -43,8 +44,11 @@ class Classes:
 
 
 def classes_of(p: Columns, rows: Ints) -> Classes:
-    ranks, of = np.unique(-p.rank[rows], return_inverse=True)
-    ranks, of, count = -ranks, of.astype(np.int64), len(ranks)
+    ranks, of = p.rank_classes
+    if len(rows) < p.adapters:
+        there = np.bincount(of[rows], minlength=len(ranks)) > 0
+        ranks, of = ranks[there], (np.cumsum(there) - 1)[of[rows]]
+    count = len(ranks)
     alone, size = p.alone[rows], p.size_bytes[rows]
     total, bytes_ = float(p.alone.sum()), float(p.size_bytes.sum()) + 1.0
     idle = np.maximum(size, 1) * ((IDLE_PART * total if total > 0 else 1e-3 * p.nodes) / bytes_)
@@ -195,7 +199,9 @@ def _hot_and_cold(p: Columns, level: float, hot: Bools, usable: Floats) -> Entri
         busy = np.bincount(node, p.alone[cold], minlength=p.nodes)
         room = np.maximum(level * p.capacity - busy, 1e-9)
     return Entries.of(
-        np.r_[wishes.adapter, cold], np.r_[wishes.node, node], np.r_[wishes.share, np.ones(len(cold))]
+        np.r_[wishes.adapter, cold],
+        np.r_[wishes.node, node],
+        np.r_[wishes.share, np.ones(len(cold))],
     )
 
 

@@ -7,6 +7,7 @@ the other wishes, then replicas. So a replica or a split never takes the last ro
 
 import numpy as np
 
+from loraserve.placement.arrays import Floats, Ints
 from loraserve.placement.columns import (
     Columns,
     Entries,
@@ -15,7 +16,6 @@ from loraserve.placement.columns import (
     node_ranks,
     utilisation,
 )
-from loraserve.placement.load import Floats, Ints
 from loraserve.placement.replicas import replicate
 from loraserve.placement.room import admit, joined, largest_share, shares_to_one
 

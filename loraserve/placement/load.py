@@ -18,16 +18,15 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from loraserve.placement.arrays import Floats, Ints
 from loraserve.placement.cost_model import CostModel, Profile, Slo
 from loraserve.placement.operating_point import (
     MAX_RANK,
-    Floats,
     LengthMix,
     OperatingPoints,
     operating_points,
 )
 
-Ints = npt.NDArray[np.int64]
 # A node so slow that its fixed costs fill every step still has this part of its speed.
 LEAST_CAPACITY = 0.01
 
@@ -47,9 +46,9 @@ DEFAULT_PROFILE = Profile(
     max_batch_tokens=2048,
     max_sequences=256,
     bytes_per_rank=5_242_880,
-    source="Order of magnitude until a profile is measured: step and decode from a published linear "
-    "fit for Llama-3.1-8B (10.54 ms + 0.0438 ms per sequence); prefill 16 GFLOP at half of 312 "
-    "TFLOP/s; context 128 KiB at 1.5 TB/s; rank 5.2 MFLOP at 31 TFLOP/s; adapter bytes at 1.5 TB/s",
+    source="Order of magnitude until a profile is measured: step and decode from a published "
+    "linear fit for Llama-3.1-8B (10.54 ms + 0.0438 ms per sequence); prefill 16 GFLOP at half of "
+    "312 TFLOP/s; context 128 KiB at 1.5 TB/s; rank 5.2 MFLOP at 31 TFLOP/s; bytes at 1.5 TB/s",
 )
 
 

@@ -26,12 +26,11 @@ so the operating point is the largest t, found by bisection, for which all hold.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from loraserve.errors import InvalidArgumentError
+from loraserve.placement.arrays import Bools, Floats
 from loraserve.placement.cost_model import Profile, Slo
 
-Floats = npt.NDArray[np.float64]
 MAX_RANK = 512
 # The shortest step considered, in fixed step costs: a rank whose SLO cannot be met is charged as
 # if this were its operating point, a thousandth of a node.
@@ -144,7 +143,7 @@ def _within(
     prefill: Floats,
     decode: Floats,
     read: Floats,
-) -> npt.NDArray[np.bool_]:
+) -> Bools:
     """Whether every limit of the module's docstring holds at mean step time t."""
     q, reads = _balance(profile, mix, t, prefill, decode, read)
     fixed = profile.cost.step_s + reads

@@ -4,12 +4,12 @@ The text of the paper's algorithm was not available to us; this follows the desc
 third-party reconstruction, with decisions of our own where that leaves something open:
 
 1. rankUtil[r] = sum of TPS over adapters of rank r / OP[r]; targetUtil = sum rankUtil / servers.
-2. budget[r] = servers of rank r = rankUtil[r] / targetUtil, rounded by largest remainder so that the
-   budgets sum to the servers (ours).
+2. budget[r] = servers of rank r = rankUtil[r] / targetUtil, rounded by largest remainder so that
+   the budgets sum to the servers (ours).
 3. Fractional packing within each rank's servers, by falling demand, up to targetUtil of OP[r].
-4. Leftovers (overflow, and ranks without a server) in falling rank go to servers whose maximum rank
-   is at least theirs, least utilised first; where there are none, to the least utilised server. Load
-   is charged by OP[the server's maximum rank] (ours: raw tokens would under-count low ranks).
+4. Leftovers (overflow, and ranks without a server) in falling rank go to servers whose maximum
+   rank is at least theirs, least utilised first; where there are none, to the least utilised one.
+   Load is charged by OP[the server's maximum rank] (ours: raw tokens under-count low ranks).
 5. Servers are relabelled so that fewest bytes move (ours: the description counts adapters).
 
 Beyond the description: an adapter without demand counts a little, so that it gets a server too;
@@ -19,10 +19,10 @@ import heapq
 
 import numpy as np
 
+from loraserve.placement.arrays import Floats, Ints
 from loraserve.placement.bases import by_base
 from loraserve.placement.columns import Columns, Entries, Plan
 from loraserve.placement.limits import settle
-from loraserve.placement.load import Floats, Ints
 from loraserve.placement.operating_point import MAX_RANK
 from loraserve.placement.relabel import relabel
 from loraserve.placement.room import segment_sums
@@ -45,16 +45,16 @@ def packed(p: Columns) -> Entries:
     if idle.any():
         tps = np.where(idle, (total * IDLE_PART or 1.0) / float(idle.sum()), tps)
     points = p.load.points.tokens_per_s
-    points = np.maximum(points, points.max() * 1e-3)
-    ranks, of = np.unique(-p.rank, return_inverse=True)
-    ranks = -ranks
+    points = np.asarray(np.maximum(points, points.max() * 1e-3))
+    ranks, of = p.rank_classes
     point = points[np.minimum(ranks, MAX_RANK)]
     util = np.bincount(of, tps, minlength=len(ranks)) / point
     target = float(util.sum() / p.capacity.sum())
     servers = np.lexsort((-p.capacity, -p.rank_limit))
     budget = largest_remainder(util, p.nodes)
     begin = np.cumsum(budget) - budget
-    order = np.lexsort((-tps, of))
+    order = np.argsort(-tps, kind="stable")
+    order = order[np.argsort(of[order].astype(np.uint16), kind="stable")]
     group = [servers[b : b + n] for b, n in zip(begin, budget, strict=True)]
     line = segment_sums((tps / point[of])[order], of[order])
     found: list[tuple[Ints, Ints, Floats]] = []
@@ -78,7 +78,7 @@ def packed(p: Columns) -> Entries:
     share = np.concatenate([f[2] for f in found] or [np.zeros(0)])
     top = np.full(p.nodes, -1, np.int64)
     top[servers] = np.repeat(ranks, budget)
-    tokens = np.bincount(node, tps[adapter] * share, minlength=p.nodes)
+    tokens = np.asarray(np.bincount(node, tps[adapter] * share, minlength=p.nodes), np.float64)
     more = _leftovers(p, leftover, tps, points, top, tokens)
     return _merged(p, np.r_[adapter, more[0]], np.r_[node, more[1]], np.r_[share, more[2]])
 
@@ -99,10 +99,10 @@ def _cut(ends: Floats, borders: Floats) -> tuple[Ints, Ints, Floats]:
     begins = np.r_[0.0, ends[:-1]]
     first = np.searchsorted(borders, begins, side="right")
     last = np.maximum(np.searchsorted(borders, ends, side="left"), first)
-    count = last - first + 1
+    count = np.asarray(last - first + 1, np.int64)
     adapter = np.repeat(np.arange(len(ends)), count)
     inner = np.arange(len(adapter)) - np.repeat(np.cumsum(count) - count, count)
-    bin_ = first[adapter] + inner
+    bin_ = np.asarray(first, np.int64)[adapter] + inner
     low = np.maximum(begins[adapter], np.r_[0.0, borders][bin_])
     high = np.minimum(ends[adapter], np.r_[borders, np.inf][bin_])
     length = np.maximum(ends - begins, 1e-300)[adapter]
@@ -120,8 +120,7 @@ def _leftovers(
 ) -> tuple[Ints, Ints, Floats]:
     """Step 4: (adapters, nodes, shares). `top` and `tokens` of the nodes change with it."""
     rank = p.rank.tolist()
-    leftover.sort(key=lambda x: (-rank[x[0]], -float(tps[x[0]]) * x[1]))
-    point = points.tolist()
+    point: list[float] = points.tolist()
     speed, limit = p.capacity.tolist(), p.rank_limit.tolist()
     tops, sums = top.tolist(), tokens.tolist()
 
@@ -130,20 +129,25 @@ def _leftovers(
 
     by_top = sorted(range(p.nodes), key=lambda n: -tops[n])
     heap: list[tuple[float, int]] = []
+    rate = [1.0] * p.nodes  # tokens/s at the operating point, of the nodes in the heap
+    tokens_of = tps.tolist()
+    leftover.sort(key=lambda x: (-rank[x[0]], -tokens_of[x[0]] * x[1]))
     joined = 0
     nodes = []
     for a, share in leftover:
         while joined < p.nodes and tops[by_top[joined]] >= rank[a]:
-            heapq.heappush(heap, (busy(by_top[joined]), by_top[joined]))
+            n = by_top[joined]
+            rate[n] = point[min(max(tops[n], 0), MAX_RANK)] * speed[n]
+            heapq.heappush(heap, (busy(n), n))
             joined += 1
         if heap and limit[heap[0][1]] >= rank[a]:
-            _, n = heapq.heappop(heap)
-            sums[n] += float(tps[a]) * share
-            heapq.heappush(heap, (busy(n), n))
+            n = heap[0][1]
+            sums[n] += tokens_of[a] * share
+            heapq.heapreplace(heap, (sums[n] / rate[n], n))
         else:
             able = [x for x in range(p.nodes) if limit[x] >= rank[a]] or range(p.nodes)
             n = min(able, key=lambda x: (busy(x), x))
-            sums[n] += float(tps[a]) * share
+            sums[n] += tokens_of[a] * share
             if tops[n] < rank[a]:
                 tops[n] = rank[a]
                 if n in by_top[joined:]:

@@ -1,6 +1,7 @@
 """The placement policies by the name that operators write."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement import baselines
@@ -9,6 +10,8 @@ from loraserve.placement.convert import columns_of, placement_of
 from loraserve.placement.paper import paper
 from loraserve.placement.rank_aware import rank_aware
 from loraserve.placement.types import Placement, PlacementPolicy, PlacementProblem
+
+Policy = TypeVar("Policy")
 
 DEFAULT_POLICY = "rank_aware"
 
@@ -46,7 +49,7 @@ def column_policy_named(name: str) -> ColumnPolicy:
     return _named(name, COLUMN_POLICIES)
 
 
-def _named(name: str, policies):  # type: ignore[no-untyped-def]
+def _named(name: str, policies: Mapping[str, Policy]) -> Policy:
     if name not in policies:
         raise InvalidArgumentError("policy", f"{name!r}: one of {', '.join(sorted(policies))}")
     return policies[name]

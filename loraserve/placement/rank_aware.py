@@ -18,6 +18,7 @@ from loraserve.placement.columns import (
     bytes_moved,
     interference,
     peak,
+    utilisation,
 )
 from loraserve.placement.fill import fill_level, fills
 from loraserve.placement.limits import settle
@@ -45,9 +46,13 @@ def rank_aware(p: Columns) -> Plan:
     level = fill_level(p)
     if not len(p.current):
         return _fresh(p, level)
-    repaired = _repair(p, level)
+    kept = settle(p, p.current)
+    # Padding that the memory forces on a plan is no node's fault: aim at the mean then.
+    mean = float(utilisation(p, kept.entries) @ p.capacity / p.capacity.sum())
+    aim_at = max(level, mean)
+    repaired = _repair(p, kept, aim_at)
     now = peak(p, repaired.entries)
-    if now > REPLAN_ABOVE * level:
+    if now > REPLAN_ABOVE * aim_at:
         fresh = _fresh(p, level)
         gain = peak(p, fresh.entries) < REPLAN_GAIN * now
         if gain and _affordable(p, fresh) and not len(fresh.reasons) > len(repaired.reasons):
@@ -55,9 +60,8 @@ def rank_aware(p: Columns) -> Plan:
     return _no_worse_than_paper(p, repaired, now)
 
 
-def _repair(p: Columns, level: float) -> Plan:
-    """What is held, where limits allow; new adapters beside it; busy nodes relieved."""
-    kept = settle(p, p.current)
+def _repair(p: Columns, kept: Plan, level: float) -> Plan:
+    """Relieves busy nodes of what is held, new adapters included."""
     spent = bytes_moved(p, kept.entries) if p.byte_budget is not None else 0
     left = None if p.byte_budget is None else max(0, p.byte_budget - spent)
     aim = Aim(TRIGGER * level + 1e-9, GOAL * level + 1e-9, left)
@@ -96,22 +100,21 @@ def _fresh(p: Columns, level: float) -> Plan:
     for wish in fills(p):
         plan = settle(p, relabel(p, wish))
         candidates.append(Plan(rebalance(p, plan.entries, aim), plan.reasons))
+    peaks = [peak(p, c.entries) for c in candidates]
+    if p.nodes > RELABEL_UP_TO and not any(c.reasons for c in candidates):
+        best = min(peaks)
+        if best <= GOAL * level and best <= peak(p, packed(p)):
+            return candidates[peaks.index(best)]
     other = paper(p)
     candidates += [Plan(rebalance(p, other.entries, aim), other.reasons), other]
-    peaks = [peak(p, c.entries) for c in candidates]
+    peaks += [peak(p, c.entries) for c in candidates[-2:]]
     fewest = min(len(c.reasons) for c in candidates)
     good = [i for i, c in enumerate(candidates) if len(c.reasons) == fewest]
     best = min(peaks[i] for i in good)
     rival = peaks[-1] if len(other.reasons) == fewest else np.inf
     good = [i for i in good if peaks[i] <= max(best, min(SAME_PEAK * best, rival))]
-    chosen = min(
-        good,
-        key=lambda i: (
-            round(interference(p, candidates[i].entries), 1),
-            bytes_moved(p, candidates[i].entries),
-            i,
-        ),
-    )
-    return candidates[chosen]
-
-
+    rank = {
+        i: (round(interference(p, candidates[i].entries), 1), bytes_moved(p, candidates[i].entries))
+        for i in good
+    }
+    return candidates[min(good, key=lambda i: (rank[i], i))]

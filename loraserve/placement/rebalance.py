@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loraserve.placement.arrays import Floats, Ints
 from loraserve.placement.columns import Columns, Entries
 from loraserve.placement.ledger import GONE, Ledger
-from loraserve.placement.load import Floats, Ints
 from loraserve.placement.operating_point import MAX_RANK
 
 # Pieces below this utilisation are not worth a copy.
@@ -52,90 +52,91 @@ def rebalance(p: Columns, entries: Entries, aim: Aim) -> Entries:
 
 class _Relief:
     def __init__(self, ledger: Ledger, aim: Aim) -> None:
-        self.l, self.p = ledger, ledger.p
+        self.book, self.p = ledger, ledger.p
         self.bytes_left = aim.bytes_left
 
     def relieve(self, hot: int, goal: float) -> bool:
         """Whether the node is at the goal, or at least much nearer to it."""
-        before = float(self.l.load[hot])
+        before = float(self.book.load[hot])
         self._shift(hot, goal)
-        if self.l.load[hot] > goal * (1 + 1e-9):
+        if self.book.load[hot] > goal * (1 + 1e-9):
             self._move(hot, goal)
-        after = float(self.l.load[hot])
+        after = float(self.book.load[hot])
         return after <= goal * (1 + 1e-6) or after < before - 0.25 * (before - goal)
 
     def _charges(self, node: int, features: Floats) -> Floats:
-        weights = self.l.weights[min(int(self.l.ranks[node]), MAX_RANK)]
+        weights = self.book.weights[min(int(self.book.ranks[node]), MAX_RANK)]
         return np.asarray((features * weights).sum(axis=1) / self.p.capacity[node])
 
     def _shift(self, hot: int, goal: float) -> None:
         """To other copies of the node's adapters."""
-        l, p = self.l, self.p
-        e, adapter, share, features = l.serving(hot)
+        book, p = self.book, self.p
+        e, adapter, _, features = book.serving(hot)
         charge = self._charges(hot, features)
-        order = np.argsort(-charge, kind="stable")[:SHIFTS]
-        rank = p.rank[adapter]
-        for i in order.tolist():
-            if l.load[hot] <= goal or charge[i] < LEAST_PIECE / 4:
-                return
-            others = [x for x in l.copies(int(adapter[i])) if x != e[i]]
-            if not others:
-                continue
-            # A copy that would raise its node's rank would slow the whole node.
-            others = [x for x in others if not p.load.padded or l.ranks[l.node_of(x)] >= rank[i]]
-            for to in sorted(others, key=lambda x: (l.load[l.node_of(x)], x)):
-                self._shift_one(int(e[i]), to, goal)
-                if l.load[hot] <= goal:
+        able = np.flatnonzero((book.copy_count[adapter] > 1) & (charge > LEAST_PIECE / 2))
+        order = able[np.argsort(-charge[able], kind="stable")][:SHIFTS]
+        for entry, a in zip(e[order].tolist(), adapter[order].tolist(), strict=True):
+            others = [
+                (book.load_of(n), x)
+                for x in book.copies(a)
+                # A copy that would raise its node's rank would slow the whole node.
+                if book.load_of(n := book.node_of(x)) < goal - LEAST_PIECE / 2
+                and not (p.load.padded and book.ranks[n] < p.rank[a])
+            ]
+            for _, to in sorted(others):
+                self._shift_one(entry, to, goal)
+                if book.load_of(hot) <= goal:
                     return
 
     def _shift_one(self, e: int, to: int, goal: float) -> None:
-        l, p = self.l, self.p
-        source, target, share = l.node_of(e), l.node_of(to), l.share_of(e)
-        slack = goal - float(l.load[target])
+        book = self.book
+        a, source, target, share = (
+            book.adapter_of(e),
+            book.node_of(e),
+            book.node_of(to),
+            book.share_of(e),
+        )
+        slack, excess = goal - book.load_of(target), book.load_of(source) - goal
         if slack <= 1e-6 or share <= 0:
             return
-        piece = p.charges.features(np.array([l.adapter_of(e)]), np.array([share]))
-        here = float(self._charges(source, piece)[0])
-        there = float(self._charges(target, piece)[0])
-        part = min(1.0, slack / max(there, 1e-12), (l.load[source] - goal) / max(here, 1e-12))
-        if part * here < LEAST_PIECE / 8:
+        here, there = book.piece(a, share, source), book.piece(a, share, target)
+        part = min(1.0, slack / max(there, 1e-12), excess / max(here, 1e-12))
+        if part * here < LEAST_PIECE / 4:
             return
-        l.set_share(to, max(l.share_of(to), 0.0) + share * part)
-        l.set_share(e, share * (1 - part) if part < 1 else 0.0)
+        book.set_share(to, max(book.share_of(to), 0.0) + share * part)
+        book.set_share(e, share * (1 - part) if part < 1 else 0.0)
         if part >= 1:
             self._drop_if_spare(e)
 
     def _drop_if_spare(self, e: int) -> None:
         """Drops an idle copy that replicas do not need."""
-        l, p = self.l, self.p
-        rest = [l.node_of(x) for x in l.copies(l.adapter_of(e)) if x != e]
+        book, p = self.book, self.p
+        rest = [book.node_of(x) for x in book.copies(book.adapter_of(e)) if x != e]
         domains = len({int(p.domain[n]) for n in rest})
-        held = len({int(p.domain[n]) for n in [*rest, l.node_of(e)]})
+        held = len({int(p.domain[n]) for n in [*rest, book.node_of(e)]})
         if len(rest) >= p.replicas and domains >= min(p.replicas, held):
-            l.set_share(e, GONE)
+            book.set_share(e, GONE)
 
     def _move(self, hot: int, goal: float) -> None:
         """To nodes that have no copy yet."""
-        l, p = self.l, self.p
-        e, adapter, share, features = l.serving(hot)
+        book, p = self.book, self.p
+        e, adapter, share, features = book.serving(hot)
         charge = self._charges(hot, features)
         for i in self._order(hot, goal, adapter, share, charge).tolist():
-            if l.load[hot] <= goal * (1 + 1e-9):
+            if book.load[hot] <= goal * (1 + 1e-9):
                 return
             size = int(p.size_bytes[adapter[i]])
             if charge[i] < LEAST_PIECE / 8:
                 continue
-            if not self._pays(size) or l.share_of(int(e[i])) <= 0:
+            if not self._pays(size) or book.share_of(int(e[i])) <= 0:
                 continue
             if self._move_one(int(e[i]), features[i], float(charge[i]), goal):
                 self._pay(size)
 
-    def _order(
-        self, hot: int, goal: float, adapter: Ints, share: Floats, charge: Floats
-    ) -> Ints:
+    def _order(self, hot: int, goal: float, adapter: Ints, share: Floats, charge: Floats) -> Ints:
         """Most relief for a byte first."""
         p = self.p
-        excess = float(self.l.load[hot]) - goal
+        excess = float(self.book.load[hot]) - goal
         size = np.maximum(p.size_bytes[adapter], 1)
         worth = np.minimum(charge, excess) / size
         # Pieces that fit the excess as a whole before those that must be split.
@@ -151,25 +152,25 @@ class _Relief:
         return order[np.argsort(far[order], kind="stable")]
 
     def _move_one(self, e: int, features: Floats, charge: float, goal: float) -> bool:
-        l, p = self.l, self.p
-        a, hot, share = l.adapter_of(e), l.node_of(e), l.share_of(e)
-        excess = float(l.load[hot]) - goal
+        book, p = self.book, self.p
+        a, hot, share = book.adapter_of(e), book.node_of(e), book.share_of(e)
+        excess = float(book.load[hot]) - goal
         whole = charge <= 1.2 * excess or charge < 4 * LEAST_PIECE
-        others = [l.node_of(x) for x in l.copies(a) if x != e]
+        others = [book.node_of(x) for x in book.copies(a) if x != e]
         stay = [*others, hot] if not whole or p.replicas == 1 else others
         part = 1.0 if whole else excess / charge
-        after = l.added_load(a, share * part, features * part)
+        after = book.added_load(a, share * part, features * part)
         after[hot] = np.inf
         n = self._target(a, after, stay, goal)
         if n < 0:
             return False
         if after[n] > goal:  # no node takes all of it: this one takes what it has room for
-            slack = goal - float(l.load[n])
-            part *= min(1.0, slack / max(float(after[n] - l.load[n]), 1e-12))
+            slack = goal - float(book.load[n])
+            part *= min(1.0, slack / max(float(after[n] - book.load[n]), 1e-12))
             if slack <= 0 or part * charge < LEAST_PIECE:
                 return False
-        l.add(a, n, share * part)
-        l.set_share(e, share * (1 - part) if part < 1 else 0.0)
+        book.add(a, n, share * part)
+        book.set_share(e, share * (1 - part) if part < 1 else 0.0)
         if part >= 1:
             self._drop_if_spare(e)
         return True
@@ -177,46 +178,50 @@ class _Relief:
     def _target(self, a: int, after: Floats, stay: list[int], goal: float) -> int:
         """The node that takes the adapter's copy; -1 where none can. Memory is made where only
         that is missing."""
-        l, p = self.l, self.p
-        far = np.abs(l.ranks - p.rank[a]) / MAX_RANK
+        book, p = self.book, self.p
+        far = np.abs(book.ranks - p.rank[a]) / MAX_RANK
         score = np.where(after <= goal, far + 1e-3 * after, 2.0 + after)
-        score[~l.may_take(a, stay)] = np.inf
+        score[~book.may_take(a, stay)] = np.inf
         n = int(np.argmin(score))
         if score[n] < 2.0:
             return n
-        wanted = l.may_take(a, stay, p.memory) & (after < np.inf)
-        wanted &= (l.load < goal - LEAST_PIECE) & (l.free < p.size_bytes[a])
-        limit = (goal + float(l.load.max())) / 2
+        wanted = book.may_take(a, stay, p.memory) & (after < np.inf)
+        wanted &= (book.load < goal - LEAST_PIECE) & (book.free < p.size_bytes[a])
+        limit = (goal + float(book.load.max())) / 2
         for t in np.argsort(np.where(wanted, after, np.inf), kind="stable")[:2].tolist():
-            if wanted[t] and after[t] < after[n] * 0.98 and self._clear(t, a, float(after[t] - l.load[t]), limit):
-                return t
-        return n if score[n] < np.inf else -1
+            if (
+                wanted[t]
+                and after[t] < after[n] * 0.98
+                and self._clear(t, a, float(after[t] - book.load[t]), limit)
+            ):
+                return int(t)
+        return n if bool(score[n] < np.inf) else -1
 
     def _clear(self, node: int, a: int, gain: float, limit: float) -> bool:
         """Moves adapters with many bytes for their load off the node, to make room for `a`, that
         brings `gain`; no node goes over `limit` by that."""
-        l, p = self.l, self.p
-        e, adapter, share = l.held(node)
+        book, p = self.book, self.p
+        e, adapter, share = book.held(node)
         features = p.charges.features(adapter, share)
         charge = self._charges(node, features)
         order = np.argsort(charge / np.maximum(p.size_bytes[adapter], 1), kind="stable")
         for i in order[:CLEARED].tolist():
-            if l.free[node] >= p.size_bytes[a]:
+            if book.free[node] >= p.size_bytes[a]:
                 break
             size = int(p.size_bytes[adapter[i]])
             if adapter[i] == a or charge[i] > gain / 2 or not self._pays(size):
                 continue
-            others = [l.node_of(x) for x in l.copies(int(adapter[i])) if x != e[i]]
-            allowed = l.may_take(int(adapter[i]), others)
-            allowed &= l.added_load(int(adapter[i]), float(share[i]), features[i]) <= limit
+            others = [book.node_of(x) for x in book.copies(int(adapter[i])) if x != e[i]]
+            allowed = book.may_take(int(adapter[i]), others)
+            allowed &= book.added_load(int(adapter[i]), float(share[i]), features[i]) <= limit
             allowed[node] = False
             if not allowed.any():
                 continue
-            to = int(np.argmax(np.where(allowed, l.free, -1)))
-            l.add(int(adapter[i]), to, float(share[i]))
-            l.set_share(int(e[i]), GONE)
+            to = int(np.argmax(np.where(allowed, book.free, -1)))
+            book.add(int(adapter[i]), to, float(share[i]))
+            book.set_share(int(e[i]), GONE)
             self._pay(size)
-        return bool(l.free[node] >= p.size_bytes[a])
+        return bool(book.free[node] >= p.size_bytes[a])
 
     def _pays(self, size: int) -> bool:
         return self.bytes_left is None or size <= self.bytes_left

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loraserve.placement.arrays import Floats, Ints
 from loraserve.placement.columns import Columns, Entries
-from loraserve.placement.load import Floats, Ints
 
 EXACT_UP_TO = 96
 EXCHANGE_ROUNDS = 8

@@ -5,8 +5,8 @@ They carry no share: a policy may give them one, and a lost node makes the other
 
 import numpy as np
 
-from loraserve.placement.columns import Bools, Columns, Entries, entry_keys, node_ranks
-from loraserve.placement.load import Ints
+from loraserve.placement.arrays import Bools, Ints
+from loraserve.placement.columns import Columns, Entries, entry_keys, node_ranks
 from loraserve.placement.room import admit, joined
 
 # How far from the first copy, in nodes sorted by rank, each bulk round looks: near ones first, so
@@ -38,9 +38,17 @@ def _domains_held(p: Columns, entries: Entries) -> Ints:
     many = counts[entries.adapter] > 1
     if not many.any():
         return counts
-    width = int(p.domain.max(initial=0)) + 1
-    keys = np.unique(entries.adapter[many] * width + p.domain[entries.node[many]])
-    apart = np.bincount(keys // width, minlength=p.adapters)
+    domain = p.domain[entries.node]
+    two = np.flatnonzero(
+        (entries.adapter[1:] == entries.adapter[:-1]) & (domain[1:] != domain[:-1])
+    )
+    apart = np.ones(p.adapters, np.int64)
+    apart[entries.adapter[two]] = 2
+    more = counts[entries.adapter] > 2
+    if more.any():
+        width = int(p.domain.max(initial=0)) + 1
+        keys = np.unique(entries.adapter[more] * width + domain[more])
+        apart[keys // width] = np.bincount(keys // width, minlength=p.adapters)[keys // width]
     return np.where(counts > 1, apart, counts)
 
 

@@ -1,11 +1,11 @@
-"""Small steps on entries that the limits are built of: what fits into a node's memory, and shares."""
+"""Small steps that the limits are built of: what fits into a node's memory, shares summing to 1."""
 
 from typing import TypeVar
 
 import numpy as np
 
-from loraserve.placement.columns import Bools, Columns, Entries, entry_keys
-from loraserve.placement.load import Floats, Ints
+from loraserve.placement.arrays import Bools, Floats, Ints
+from loraserve.placement.columns import Columns, Entries, entry_keys
 
 # Passes over an overfull node: each lets in smaller copies behind one that does not fit.
 ROUNDS = 4
@@ -30,7 +30,7 @@ def largest_share(p: Columns, entries: Entries) -> Bools:
         order = many[np.lexsort((-entries.share[many], entries.adapter[many]))]
         adapters = entries.adapter[order]
         first[order[np.r_[True, adapters[1:] != adapters[:-1]]]] = True
-    return first
+    return np.asarray(first)
 
 
 def shares_to_one(p: Columns, entries: Entries) -> Entries:
@@ -68,4 +68,4 @@ def segment_sums(values: Numbers, segment: Ints) -> Numbers:
     sums = np.cumsum(values)
     starts = np.flatnonzero(np.r_[True, segment[1:] != segment[:-1]][: len(segment)])
     before = sums[starts] - values[starts]
-    return sums - np.repeat(before, np.diff(np.r_[starts, len(values)]))  # type: ignore[return-value]
+    return sums - np.repeat(before, np.diff(np.r_[starts, len(values)]))
