@@ -3,8 +3,9 @@
     python bench/engine_vs_transformers.py [--repeats 5] [--threads 2] [--out FILE]
 
 The checkpoint is a random Llama of 120M parameters with eight adapters of ranks 8 to 128 on all
-seven modules, made in a temporary directory. Four shapes are timed, each as often as --repeats says,
-ours and theirs in turn; medians and ratios go to one JSON object with machine, commit and command.
+seven modules, made in a temporary directory. Four shapes are timed, each as often as --repeats
+says, ours and theirs in turn; medians and ratios go to one JSON object with machine, commit and
+command.
 """
 
 import argparse

@@ -304,6 +304,9 @@ class Output:
     def prompt_logprobs(self) -> list[float]:
         ...
     @property
+    def queue_seconds(self) -> float:
+        ...
+    @property
     def token_ids(self) -> list[int]:
         ...
     @property
@@ -322,6 +325,9 @@ class EngineStats:
         ...
     @property
     def adapter_installs(self) -> int:
+        ...
+    @property
+    def adapter_weight_bytes(self) -> int:
         ...
     @property
     def adapters_installed(self) -> int:

@@ -41,9 +41,9 @@ void MixedRank(benchmark::State& state) {
   }
   CpuBackend backend({.threads = 1, .adapter_dtype = DType::kBF16, .isa = ""});
   // Contiguous: one page holds a whole adapter.
-  const uint64_t page_bytes =
-      state.range(1) == 0 ? std::bit_ceil(CpuAdapter::Bytes(sources[4], DType::kBF16))
-                          : static_cast<uint64_t>(state.range(1)) << 10;
+  const uint64_t page_bytes = state.range(1) == 0
+                                  ? std::bit_ceil(CpuAdapter::Bytes(sources[4], DType::kBF16))
+                                  : static_cast<uint64_t>(state.range(1)) << 10;
   KvLayout layout{.num_layers = 1,
                   .num_heads = 1,
                   .num_kv_heads = 1,
@@ -56,8 +56,8 @@ void MixedRank(benchmark::State& state) {
   const std::vector<float> frequencies(8, 1.0f);
   uint32_t num_pages = 0;
   for (const AdapterSource& source : sources) {
-    num_pages += static_cast<uint32_t>(
-        (CpuAdapter::Bytes(source, DType::kBF16) + page_bytes - 1) / page_bytes);
+    num_pages += static_cast<uint32_t>((CpuAdapter::Bytes(source, DType::kBF16) + page_bytes - 1) /
+                                       page_bytes);
   }
   if (!backend.BindPages(layout, num_pages, frequencies).ok()) {
     state.SkipWithError("no memory");

@@ -50,6 +50,8 @@ class PreparedWeight {
 class InstalledAdapter {
  public:
   virtual ~InstalledAdapter() = default;
+  // Of the weights themselves in their stored dtype; what its pages hold besides is waste.
+  virtual uint64_t weight_bytes() const = 0;
 };
 
 // How KV blocks lie in pages. A tile is the keys or the values of one layer for one block; it
@@ -108,6 +110,10 @@ class Backend {
   virtual DType activation_dtype() const = 0;
   virtual Result<std::unique_ptr<Buffer>> Allocate(uint64_t bytes) = 0;
   virtual void Synchronize(Stream* stream) = 0;
+  // Between the host's memory and the device's. The host's side stays valid and is not looked at
+  // until Synchronize(stream).
+  virtual void CopyToDevice(Stream* stream, const void* host, void* device, uint64_t bytes) = 0;
+  virtual void CopyToHost(Stream* stream, const void* device, void* host, uint64_t bytes) = 0;
 
   // The matrices stacked on their rows as one weight [sum of rows, cols]; `bias` has one value per
   // row or is empty. `dtype` is how it is kept: kF32 or kBF16.

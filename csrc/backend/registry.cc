@@ -24,6 +24,10 @@ Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options) {
                   "threads: " + std::to_string(options.threads) + " is not in [0, 1024]");
   }
   if (options.device == "cpu") {
+    if (!options.isa.empty() && !HasKernels(options.isa)) {
+      return Status(StatusCode::kInvalidArgument,
+                    "isa: '" + options.isa + "' is not an instruction set of this build");
+    }
     return std::unique_ptr<Backend>(std::make_unique<CpuBackend>(
         CpuBackendOptions{.threads = options.threads > 0 ? options.threads : UsableCores(),
                           .adapter_dtype = options.adapter_dtype,

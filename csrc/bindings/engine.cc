@@ -1,13 +1,15 @@
-// _engine: the engine for Python. loraserve/engine.py is its only importer and its typed face.
+// _engine: the engine for Python. loraserve/engine/ is its only importer and its typed face.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
 #include "base/clock.h"
+#include "bindings/host_array.h"
 #include "bindings/raise.h"
 #include "engine/engine_thread.h"
 
@@ -15,35 +17,6 @@ namespace py = pybind11;
 
 namespace loraserve {
 namespace {
-
-// A view of a C-contiguous array of one or two dimensions; uint16 holds the bits of bfloat16.
-HostMatrix ViewOf(const py::array& array) {
-  if ((array.flags() & py::array::c_style) == 0 || array.ndim() < 1 || array.ndim() > 2) {
-    throw py::value_error("array: must be C-contiguous with one or two dimensions");
-  }
-  HostMatrix view;
-  view.data = array.data();
-  view.rows = array.ndim() == 2 ? array.shape(0) : 1;
-  view.cols = array.shape(array.ndim() - 1);
-  const char kind = array.dtype().kind();
-  const auto size = array.itemsize();
-  if (kind == 'f' && size == 4) {
-    view.dtype = DType::kF32;
-  } else if (kind == 'f' && size == 2) {
-    view.dtype = DType::kF16;
-  } else if (kind == 'u' && size == 2) {
-    view.dtype = DType::kBF16;
-  } else {
-    throw py::value_error("array: must be float32, float16 or uint16 (bits of bfloat16)");
-  }
-  return view;
-}
-
-DType ParseDType(const std::string& name) {
-  if (name == "float32") return DType::kF32;
-  if (name == "bfloat16") return DType::kBF16;
-  throw py::value_error("dtype: '" + name + "' is neither float32 nor bfloat16");
-}
 
 std::string FinishName(FinishReason reason) {
   switch (reason) {
@@ -66,7 +39,13 @@ class BoundEngine {
  public:
   BoundEngine(const EngineConfig& config, const ModelConfig& model, const ModelWeights& weights) {
     const py::gil_scoped_release release;
-    thread_ = std::make_unique<EngineThread>(Unwrap(Engine::Create(config, model, weights)));
+    try {
+      thread_ = std::make_unique<EngineThread>(Unwrap(Engine::Create(config, model, weights)));
+    } catch (const std::bad_alloc&) {
+      // Large blocks report themselves; this is one of the small ones after them.
+      throw StatusException{Status(StatusCode::kResourceExhausted,
+                                   "memory: the machine has none left to load the model")};
+    }
   }
   // The thread may be in the middle of a step: joined without the interpreter's lock.
   ~BoundEngine() { Stop(); }
@@ -244,6 +223,7 @@ void BindReport(py::module_& m) {
       .def_readonly("top_logprobs", &Output::top_logprobs)
       .def_readonly("prompt_logprobs", &Output::prompt_logprobs)
       .def_readonly("cached_tokens", &Output::cached_tokens)
+      .def_readonly("queue_seconds", &Output::queue_seconds)
       .def_property_readonly("finish_reason",
                              [](const Output& output) { return FinishName(output.finish_reason); })
       .def_property_readonly(
@@ -270,6 +250,7 @@ void BindReport(py::module_& m) {
       .def_readonly("pages_kv", &EngineStats::pages_kv)
       .def_readonly("pages_adapter", &EngineStats::pages_adapter)
       .def_readonly("adapters_installed", &EngineStats::adapters_installed)
+      .def_readonly("adapter_weight_bytes", &EngineStats::adapter_weight_bytes)
       .def_readonly("weight_bytes", &EngineStats::weight_bytes);
 }
 

@@ -12,6 +12,7 @@ namespace loraserve {
 namespace {
 
 constexpr int64_t kMaxLogitRows = 64;
+constexpr uint64_t kMaxPageBytes = 1 << 30;
 
 // The largest page from 64 down to 16 KiB that wastes at most an eighth of a KV block, else the one
 // that wastes least. Large pages keep an adapter's tiles long: docs/decisions/0002-page-size.md.
@@ -48,6 +49,11 @@ Status CheckLimits(const EngineConfig& config) {
   if (config.block_size % 16 != 0) {
     return Status(StatusCode::kInvalidArgument,
                   "block_size: " + std::to_string(config.block_size) + " is not a multiple of 16");
+  }
+  if (config.page_bytes > kMaxPageBytes) {
+    return Status(StatusCode::kInvalidArgument, "page_bytes: " + std::to_string(config.page_bytes) +
+                                                    " is more than " +
+                                                    std::to_string(kMaxPageBytes));
   }
   return Status();
 }
@@ -92,11 +98,12 @@ Status Engine::Initialize(const ModelWeights& weights) {
                       std::to_string(num_pages) + " pages of " + std::to_string(layout.page_bytes) +
                       " bytes; one KV block needs " + std::to_string(layout.pages_per_block));
   }
-  auto arena = PageArena::Create(layout.page_bytes, static_cast<uint32_t>(num_pages));
-  if (!arena.ok()) return arena.status();
+  // Before the books of the pages: a hopeless size fails here, by name.
   Status status =
       backend_->BindPages(layout, static_cast<uint32_t>(num_pages), model_.inverse_frequencies);
   if (!status.ok()) return status;
+  auto arena = PageArena::Create(layout.page_bytes, static_cast<uint32_t>(num_pages));
+  if (!arena.ok()) return arena.status();
 
   auto llama = LlamaModel::Create(backend_.get(), model_, weights, config_.weight_dtype,
                                   config_.max_batch_tokens, kMaxLogitRows);
@@ -170,6 +177,10 @@ void Engine::Finish(RequestId id, FinishReason reason, Status error, Output* las
   if (last == nullptr) {
     pending_.push_back({.id = id, .first_index = sequence->num_output()});
     last = &pending_.back();
+    const double waited = MonotonicSeconds() - sequence->request.submitted;
+    if (last->first_index == 0) {
+      last->queue_seconds = sequence->queue_seconds < 0 ? waited : sequence->queue_seconds;
+    }
   }
   last->finish_reason = reason;
   last->error = std::move(error);
@@ -186,7 +197,10 @@ void Engine::Publish(const StepBatch& batch, std::vector<SampleResult> results) 
     output.cached_tokens = sequence.cached_tokens;
     if (params.logprobs >= 0) output.logprobs.push_back(result.logprob);
     if (params.logprobs > 0) output.top_logprobs.push_back(std::move(result.top_logprobs));
-    if (output.first_index == 0) output.prompt_logprobs = sequence.prompt_logprobs;
+    if (output.first_index == 0) {
+      output.prompt_logprobs = sequence.prompt_logprobs;
+      output.queue_seconds = sequence.queue_seconds;
+    }
     sequence.tokens.push_back(result.token);
     ++stats_.generated_tokens;
     const bool stops = std::find(params.stop_token_ids.begin(), params.stop_token_ids.end(),
@@ -206,6 +220,12 @@ StepReport Engine::Step(double now) {
   }
   const StepBatch batch = scheduler_->Schedule();
   if (!batch.items.empty()) {
+    for (const StepItem& item : batch.items) {
+      Sequence& sequence = *item.sequence;
+      if (sequence.queue_seconds < 0) {
+        sequence.queue_seconds = std::max(0.0, now - sequence.request.submitted);
+      }
+    }
     std::vector<SampleResult> results = runner_->Run(batch);
     scheduler_->Computed(batch);
     Publish(batch, std::move(results));
@@ -240,6 +260,7 @@ EngineStats Engine::stats() const {
   stats.pages_kv = arena.count(PageUse::kKv);
   stats.pages_adapter = arena.count(PageUse::kAdapter);
   stats.adapters_installed = scheduler_->adapters().num_installed();
+  stats.adapter_weight_bytes = runner_->adapter_weight_bytes();
   return stats;
 }
 

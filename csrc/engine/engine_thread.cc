@@ -36,6 +36,7 @@ void EngineThread::Post(Command command) {
 Status EngineThread::Submit(Request request) {
   Status status = engine_->Validate(request);
   if (!status.ok()) return status;
+  request.submitted = MonotonicSeconds();
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (stop_) return Stopped();

@@ -8,14 +8,27 @@
 
 namespace loraserve {
 
+void ModelRunner::RemoveAdapter(AdapterId id) {
+  Forget(id);
+  sources_.erase(id);
+}
+
+void ModelRunner::Forget(AdapterId id) {
+  const auto found = installed_.find(id);
+  if (found == installed_.end()) return;
+  adapter_weight_bytes_ -= found->second->weight_bytes();
+  installed_.erase(found);
+}
+
 void ModelRunner::Apply(const std::vector<AdapterChange>& changes) {
   for (const AdapterChange& change : changes) {
     if (!change.install) {
-      installed_.erase(change.adapter);
+      Forget(change.adapter);
       continue;
     }
     auto adapter = backend_->InstallAdapter(nullptr, sources_.at(change.adapter), change.pages);
     LS_CHECK(adapter.ok());
+    adapter_weight_bytes_ += adapter.value()->weight_bytes();
     installed_[change.adapter] = std::move(adapter.value());
   }
 }

@@ -20,14 +20,14 @@ class ModelRunner {
 
   // The bytes behind `source` stay valid until RemoveAdapter.
   void AddAdapter(AdapterId id, AdapterSource source) { sources_[id] = std::move(source); }
-  void RemoveAdapter(AdapterId id) {
-    installed_.erase(id);
-    sources_.erase(id);
-  }
+  void RemoveAdapter(AdapterId id);
 
   // One result for each item, in order; those of items that do not sample are empty. Appends the
   // logprobs of prompt tokens to the sequences that ask for them.
   std::vector<SampleResult> Run(const StepBatch& batch);
+
+  // Of the adapters in pages, padding left out.
+  uint64_t adapter_weight_bytes() const { return adapter_weight_bytes_; }
 
  private:
   // A row of logits: an item's draw, or the logprob of a known prompt token.
@@ -38,6 +38,7 @@ class ModelRunner {
   };
 
   void Apply(const std::vector<AdapterChange>& changes);
+  void Forget(AdapterId id);
   void BuildInputs(const StepBatch& batch, const std::vector<size_t>& order);
   std::vector<LogitRow> LogitRows(const StepBatch& batch, const std::vector<size_t>& order) const;
   SampleRow MakeSampleRow(const StepItem& item, int32_t forced_token) const;
@@ -48,6 +49,7 @@ class ModelRunner {
   int64_t max_logit_rows_;
   std::unordered_map<AdapterId, AdapterSource> sources_;
   std::unordered_map<AdapterId, std::unique_ptr<InstalledAdapter>> installed_;
+  uint64_t adapter_weight_bytes_ = 0;  // of installed_
 
   // Of the current step; kept for their capacity.
   std::vector<int32_t> token_ids_, positions_;

@@ -40,8 +40,9 @@ struct Request {
   SamplingParams params;
   AdapterId adapter = 0;
   std::string cache_namespace;  // prefixes are shared within it only
-  int32_t priority = 0;         // higher goes first
+  int32_t priority = 0;         // higher goes first, within the bound of scheduler.h
   double deadline = 0;          // seconds on the engine's clock; 0: none
+  double submitted = 0;         // likewise
 };
 
 enum class FinishReason : uint8_t { kNone, kLength, kStop, kCancelled, kError };
@@ -57,6 +58,9 @@ struct Output {
   FinishReason finish_reason = FinishReason::kNone;
   Status error;               // with kError
   int32_t cached_tokens = 0;  // of the prompt, found in the prefix cache
+  // With the request's first output only: from its submission to the start of the first step that
+  // ran it, or to its end if none did.
+  double queue_seconds = 0;
 };
 
 }  // namespace loraserve

@@ -6,9 +6,9 @@
 
 namespace loraserve {
 
-// Invariants: a sequence is in running_ or in exactly one queue of waiting_. A waiting sequence
-// holds no blocks and no pin. A running one uses its cache root and pins its adapter, which is
-// installed.
+// Invariants: a sequence is in running_ or in exactly one queue of waiting_, and there in
+// not_promoted_ too unless it is promoted. A waiting sequence holds no blocks and no pin. A running
+// one uses its cache root and pins its adapter, which is installed.
 
 Scheduler::Scheduler(const SchedulerConfig& config, PageArena arena)
     : config_(config),
@@ -70,6 +70,26 @@ Status Scheduler::Add(std::unique_ptr<Sequence> sequence) {
 
 void Scheduler::Enqueue(Sequence* sequence) {
   waiting_[sequence->request.adapter].emplace(OrderOf(*sequence), sequence);
+  if (sequence->promoted) return;
+  sequence->overtaken_at =
+      admissions_ + num_waiting() + static_cast<uint64_t>(config_.max_overtakes);
+  not_promoted_.emplace(sequence->overtaken_at, sequence->request.id);
+}
+
+void Scheduler::Dequeue(Sequence* sequence) {
+  const auto queue = waiting_.find(sequence->request.adapter);
+  queue->second.erase(OrderOf(*sequence));
+  if (queue->second.empty()) waiting_.erase(queue);
+  not_promoted_.erase({sequence->overtaken_at, sequence->request.id});
+}
+
+void Scheduler::PromoteOvertaken() {
+  while (!not_promoted_.empty() && not_promoted_.begin()->first <= admissions_) {
+    Sequence* const sequence = Find(not_promoted_.begin()->second);
+    Dequeue(sequence);
+    sequence->promoted = true;
+    Enqueue(sequence);
+  }
 }
 
 Sequence* Scheduler::Find(RequestId id) {
@@ -86,9 +106,7 @@ std::unique_ptr<Sequence> Scheduler::Take(RequestId id) {
   if (sequence->running) {
     StopRunning(*sequence);
   } else {
-    const auto queue = waiting_.find(adapter);
-    queue->second.erase(OrderOf(*sequence));
-    if (queue->second.empty()) waiting_.erase(queue);
+    Dequeue(sequence.get());
   }
   if (adapter != 0) {
     adapters_.EndRequest(adapter);
@@ -185,6 +203,8 @@ StepBatch Scheduler::Schedule() {
   ScheduleRunning(batch);
   // A step that had to preempt has no pages to give to newcomers.
   if (counters_.preemptions == preemptions) Admit(batch);
+  // Or the changes would never reach the runner.
+  LS_CHECK(!batch.items.empty() || batch.changes.empty());
   return batch;
 }
 
@@ -214,6 +234,7 @@ void Scheduler::ScheduleRunning(StepBatch& batch) {
 }
 
 void Scheduler::Admit(StepBatch& batch) {
+  PromoteOvertaken();
   // Heads of the queues, in the order of their requests.
   std::map<Order, AdapterId> heads;
   for (const auto& [adapter, queue] : waiting_) heads.emplace(queue.begin()->first, adapter);
@@ -221,17 +242,15 @@ void Scheduler::Admit(StepBatch& batch) {
          batch.num_tokens < config_.max_batch_tokens) {
     const AdapterId adapter = heads.begin()->second;
     heads.erase(heads.begin());
-    const auto queue = waiting_.find(adapter);
-    Sequence* const sequence = queue->second.begin()->second;
+    Sequence* const sequence = waiting_.at(adapter).begin()->second;
     const Admission admission = TryAdmit(*sequence, batch);
     if (admission == Admission::kNoPages) return;
-    if (admission == Admission::kNoAdapter) continue;
-    queue->second.erase(queue->second.begin());
-    if (queue->second.empty()) {
-      waiting_.erase(queue);
-    } else {
-      heads.emplace(queue->second.begin()->first, adapter);
+    if (admission == Admission::kNoAdapter) {
+      if (sequence->promoted) return;
+      continue;
     }
+    const auto queue = waiting_.find(adapter);
+    if (queue != waiting_.end()) heads.emplace(queue->second.begin()->first, adapter);
   }
 }
 
@@ -277,6 +296,8 @@ Scheduler::Admission Scheduler::TryAdmit(Sequence& sequence, StepBatch& batch) {
     StopRunning(sequence);
     return Admission::kNoPages;
   }
+  Dequeue(&sequence);
+  ++admissions_;
   sequence.running = true;
   running_.emplace(OrderOf(sequence), &sequence);
   if (!sequence.admitted_once) {

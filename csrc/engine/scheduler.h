@@ -6,12 +6,16 @@
 // Order among requests: higher priority first, then arrival. A waiting request whose adapter cannot
 // be installed now does not hold up requests of other adapters; one that only lacks KV pages does,
 // so that a long prompt is not starved by short ones.
+//
+// Nobody starves: a request before which everyone who waited when it came and `max_overtakes` more
+// were admitted is promoted. It then goes before all others and holds them up until what runs has
+// ended and given it room; that an empty engine has room for it is what Add() makes sure of.
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <memory>
+#include <set>
 #include <unordered_map>
 #include <vector>
 
@@ -33,6 +37,9 @@ struct SchedulerConfig {
   uint64_t max_step_adapter_bytes = 0;
   // Installations in one step, so that a burst of cold adapters cannot stall decoding.
   int32_t max_step_installs = 4;
+  // Later requests that may be admitted before a waiting one, whether for their priority or because
+  // its adapter found no room. About one batch: less would idle the engine for large adapters.
+  int32_t max_overtakes = 64;
   bool prefix_cache = true;
 };
 
@@ -87,6 +94,7 @@ class Scheduler {
  private:
   using Order = std::pair<int64_t, uint64_t>;  // (-priority, arrival): smaller goes first
   static Order OrderOf(const Sequence& sequence) {
+    if (sequence.promoted) return {INT64_MIN, sequence.arrival};
     return {-int64_t{sequence.request.priority}, sequence.arrival};
   }
 
@@ -103,6 +111,8 @@ class Scheduler {
   void Preempt(Sequence& sequence, StepBatch& batch);
   void StopRunning(Sequence& sequence);
   void Enqueue(Sequence* sequence);
+  void Dequeue(Sequence* sequence);
+  void PromoteOvertaken();
   void AddItem(Sequence& sequence, int32_t count, StepBatch& batch);
 
   SchedulerConfig config_;
@@ -113,9 +123,11 @@ class Scheduler {
   std::unordered_map<RequestId, std::unique_ptr<Sequence>> sequences_;
   std::map<Order, Sequence*> running_;
   std::map<AdapterId, std::map<Order, Sequence*>> waiting_;  // no empty queues
+  std::set<std::pair<uint64_t, RequestId>> not_promoted_;    // (overtaken_at, id) of waiting ones
   std::vector<RemovedAdapter> removed_;
   SchedulerCounters counters_;
   uint64_t arrivals_ = 0;
+  uint64_t admissions_ = 0;
   uint64_t step_ = 0;  // the clock of least-recent use
 };
 

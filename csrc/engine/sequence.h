@@ -24,8 +24,12 @@ struct Sequence {
   std::vector<Block> blocks;
   PrefixCache::NodeId root = PrefixCache::kNone;  // used while running
   bool running = false;
+  // Overtaken too often: ahead of every sequence that was not, whatever their priorities.
+  bool promoted = false;
+  uint64_t overtaken_at = 0;  // while waiting: the count of admissions that promotes it
   int32_t cached_tokens = 0;  // found in the prefix cache at the first admission
   bool admitted_once = false;
+  double queue_seconds = -1;  // until the start of its first step; negative before that
   std::vector<float> prompt_logprobs;
 
   int32_t num_tokens() const { return static_cast<int32_t>(tokens.size()); }

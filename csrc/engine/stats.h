@@ -23,6 +23,7 @@ struct EngineStats {
   uint64_t pages_kv = 0;
   uint64_t pages_adapter = 0;
   uint64_t adapters_installed = 0;
+  uint64_t adapter_weight_bytes = 0;  // in pages_adapter; the rest of those pages is waste
   uint64_t weight_bytes = 0;
 };
 

@@ -14,8 +14,8 @@ inline constexpr size_t kMaxLogitBias = 1024;
 // kInvalidArgument "field: what is wrong and the limit".
 Status ValidateRequest(const Request& request, const ModelConfig& model);
 
-// kFailedPrecondition if layers, modules or shapes are not the model's; kInvalidArgument if ranks
-// are out of range or shapes contradict each other.
+// kFailedPrecondition if layers or shapes are not the model's, or a rank is over kMaxRank;
+// kInvalidArgument if what the source says of itself is contradictory.
 Status ValidateAdapterSource(const AdapterSource& source, const ModelConfig& model);
 
 }  // namespace loraserve

@@ -13,6 +13,7 @@ from loraserve.checkpoint.module_pattern import MatchBudget, ModulePattern
 from loraserve.errors import InvalidCheckpointError, UnsupportedError
 
 MAX_PATTERNS = 1024  # PEFT's EVA writes one per module
+MAX_SHOWN = 80  # characters of an unknown field's name in its error
 MAX_ALPHA = 1e30  # keeps every scaling a finite float32
 
 # Absent, null or false means off. An empty object does not: PEFT reads it as "on, with defaults".
@@ -108,7 +109,9 @@ def _refuse_lacking(config: Mapping[str, Any]) -> None:
             except (TypeError, ValueError):  # an array, say
                 harmless = False
             if not harmless:
-                raise UnsupportedError(field, "is set, and its meaning is not known")
+                raise UnsupportedError(
+                    field[:MAX_SHOWN] or "''", "is set, and its meaning is not known"
+                )
 
 
 class _PatternTable:

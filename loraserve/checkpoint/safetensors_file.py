@@ -18,6 +18,7 @@ from loraserve.errors import InvalidCheckpointError, UnsupportedError
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 1 << 48
 
 # bfloat16 has no NumPy dtype: its bits are viewed as uint16.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -81,6 +82,9 @@ def _parse_entry(name: str, entry: Any) -> _Entry:
     # Python integers do not overflow, so the product of a hostile shape is exact.
     if end - begin != prod(shape) * DTYPES[dtype].itemsize:
         raise InvalidCheckpointError(field, "shape, dtype and data_offsets disagree")
+    # A dimension of 0 makes the tensor empty, but NumPy counts the others.
+    if prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise InvalidCheckpointError(field, f"shape of more than {MAX_ELEMENTS} elements")
     return _Entry(name, dtype, tuple(shape), begin, end)
 
 

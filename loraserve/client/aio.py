@@ -201,8 +201,11 @@ class AsyncClient:
         for name in names:
             if not router.has_holder(RouteRequest(base, name)):
                 route = router.table.find(base, name)
-                why = route.unrouted_reason if route else "is not in the route table"
-                return f"adapter {name!r}: {why}"
+                if route is None:
+                    return f"adapter {name!r} is not in the route table"
+                return (
+                    f"adapter {name!r}: {route.unrouted_reason or 'its holders take nothing new'}"
+                )
         return None
 
     def _watch(self) -> None:

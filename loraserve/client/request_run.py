@@ -4,7 +4,7 @@ fails, again or on from there."""
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraserve.client.channels import Channels, responses
 from loraserve.client.messages import load_from_wire
@@ -18,6 +18,7 @@ from loraserve.errors import (
     DeadlineExceededError,
     LoraServeError,
     NotFoundError,
+    ResourceExhaustedError,
     UnavailableError,
 )
 from loraserve.v1 import inference_pb2_grpc
@@ -103,7 +104,6 @@ class RequestRun:
             self._log.base,
             self._route.adapter,
             self._log.revision,
-            self._log.prompt_tokens + len(self._log.token_ids),
             frozenset(self._avoid),
         )
         if watch is not None and not self._log.started and not self._avoid:
@@ -112,16 +112,17 @@ class RequestRun:
         if node is None and self._avoid:
             # Nobody else is there: the only node may have recovered.
             self._avoid.clear()
-            node = site.router.pick(
-                RouteRequest(route.base, route.adapter, route.revision, route.prompt_tokens)
-            )
+            node = site.router.pick(replace(route, avoid=frozenset()))
         if node is None:
             raise self._no_node(route)
         return node
 
     async def _wait_for_holder(self, watch: RouteWatch, route: RouteRequest) -> None:
-        """Only for adapters that the table knows: the others are the nodes' to find or refuse."""
+        """Only for what the table knows: the rest is the nodes' to find or refuse."""
         router = self._site.router
+        known = router.table.find(route.base, route.adapter) if route.adapter else None
+        if route.revision is not None and (known is None or known.revision != route.revision):
+            return
         end = self._loop.time() + HOLDER_WAIT_S
         while (
             route.adapter is not None
@@ -184,11 +185,19 @@ class RequestRun:
         wait_s = self._retry.after(error, progress, self._log.started)
         if wait_s is None:
             raise self._final(error, node)
+        if isinstance(error, ResourceExhaustedError) and self._other_holder():
+            wait_s = 0.0  # that node is full, not the others
         left = self._left()
         if left is not None and wait_s >= left:
             raise error
         if wait_s:
             await asyncio.sleep(wait_s)
+
+    def _other_holder(self) -> bool:
+        route = RouteRequest(
+            self._log.base, self._route.adapter, self._log.revision, frozenset(self._avoid)
+        )
+        return self._site.router.has_holder(route)
 
     def _final(self, error: LoraServeError, node: NodeRoute) -> LoraServeError:
         count = len(self._log.token_ids)

@@ -19,6 +19,7 @@ from loraserve.client.types import Chunk, Completion, Prompt
 from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.sampling_params import SamplingParams
 from loraserve.v1 import inference_pb2
+from loraserve.wire import MAX_MESSAGE_BYTES
 
 
 def lost(message: str) -> UnavailableError:
@@ -41,6 +42,10 @@ class AnswerLog:
         priority: int = 0,
     ) -> None:
         """Raises InvalidArgumentError where the wire cannot carry a value."""
+        if adapter == "":
+            raise InvalidArgumentError("adapter", "is empty; None means the base model")
+        if adapter is None and revision is not None:
+            raise InvalidArgumentError("revision", "goes with an adapter")
         self._request = inference_pb2.GenerateRequest(sampling=sampling_to_wire(params))
         ref = self._request.adapter
         field = ""
@@ -55,6 +60,10 @@ class AnswerLog:
             raise InvalidArgumentError(field, f"{error}") from None
         self.prompt_tokens = set_prompt(self._request, prompt)
         """Estimated for text until a node has counted them."""
+        if (size := self._request.ByteSize()) > MAX_MESSAGE_BYTES:
+            raise InvalidArgumentError(
+                "prompt", f"the request has {size} bytes, the limit is {MAX_MESSAGE_BYTES}"
+            )
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self._max_tokens = params.max_tokens

@@ -37,13 +37,12 @@ class ObservedLoad:
 
 @dataclass(frozen=True)
 class RouteRequest:
-    """`prompt_tokens` may be an estimate. Nodes to `avoid` failed this very request. `spill`: a
-    node that does not hold the adapter may be asked to load it, where no holder is left."""
+    """Nodes to `avoid` failed this very request. `spill`: a node that does not hold the adapter
+    may be asked to load it, where no holder is left."""
 
     base: str = ""
     adapter: str | None = None
     revision: str | None = None
-    prompt_tokens: int = 0
     avoid: frozenset[str] = frozenset()
     spill: bool = True
 
@@ -132,35 +131,38 @@ class Router:
         if view is not None and ticket > view.failed_ticket:
             view.failures, view.failed_until = 0, float("-inf")
 
-    def failed(self, node_id: str, for_s: float | None = None) -> None:
-        """The node was lost or refused: nothing goes there for a while (`for_s`, or longer with
-        every failure in a row) as long as another can serve."""
+    def failed(self, node_id: str) -> None:
+        """The node was lost or refused: nothing goes there for a while, longer with every failure
+        in a row, as long as another can serve."""
         view = self._views.get(node_id)
         if view is None:
             return
         now = self._clock()
         view.failed_ticket = self._tickets
-        if for_s is None:
-            # Requests that fail together tell of one failure.
-            if now >= view.failed_until:
-                view.failures += 1
-            exponent = min(view.failures - 1, 10) if view.failures else 0
-            for_s = min(self.FIRST_COOL_DOWN_S * 2.0**exponent, self.MAX_COOL_DOWN_S)
+        # Requests that fail together tell of one failure.
+        if now >= view.failed_until:
+            view.failures += 1
+        exponent = min(view.failures - 1, 10) if view.failures else 0
+        for_s = min(self.FIRST_COOL_DOWN_S * 2.0**exponent, self.MAX_COOL_DOWN_S)
         view.failed_until = max(view.failed_until, now + for_s)
 
     # The choice
 
     def has_holder(self, request: RouteRequest) -> bool:
-        """Whether some node that takes requests serves the adapter now; true for the base model.
+        """Whether some node that takes requests, and is not to be avoided, serves the adapter now.
 
         Raises InvalidArgumentError where the base must be named."""
-        if request.adapter is None or self.table.every_node:
-            return True
-        route = self.table.find(request.base, request.adapter)
-        if route is None:
-            return False
-        open_nodes = {node.node_id for node in self.table.nodes.values() if not node.draining}
-        return bool(self._holders(route.of(request.revision), open_nodes))
+        if request.adapter is not None and not self.table.every_node:
+            route = self.table.find(request.base, request.adapter)
+            return bool(route and self._holders(route.of(request.revision), self._open(request)))
+        return bool(self._open(request))
+
+    def _open(self, request: RouteRequest) -> set[str]:
+        return {
+            node.node_id
+            for node in self.table.nodes.values()
+            if not node.draining and node.node_id not in request.avoid
+        }
 
     def pick(self, request: RouteRequest) -> NodeRoute | None:
         """The node for the request, None where there is none.
@@ -186,11 +188,9 @@ class Router:
         if not base:
             self._check_one_base(request)
         usable = {
-            node.node_id
-            for node in self.table.nodes.values()
-            if not node.draining
-            and node.node_id not in request.avoid
-            and (not base or node.base in ("", base))
+            node_id
+            for node_id in self._open(request)
+            if not base or self.table.nodes[node_id].base in ("", base)
         }
         anywhere = [
             Holder(node_id, 1, common_pb2.RESIDENCY_STATE_UNSPECIFIED) for node_id in sorted(usable)

@@ -1,8 +1,10 @@
 """The adapters an engine has loaded, by name. Thread-safe."""
 
+import contextlib
 import itertools
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +18,8 @@ from loraserve.checkpoint.packed_adapter import (
 )
 from loraserve.checkpoint.peft_adapter import read_arrays
 from loraserve.engine.assembly import typed_error
-from loraserve.engine.loading import adapter_modules
+from loraserve.engine.config import EngineConfig
+from loraserve.engine.loading import adapter_modules, installed_dtype
 from loraserve.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -24,6 +27,8 @@ from loraserve.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
+
+_log = logging.getLogger(__name__)
 
 AdapterInput: TypeAlias = str | Path | PackedAdapter | Mapping[str, Any]
 
@@ -57,24 +62,34 @@ def read_adapter(source: AdapterInput, config: Mapping[str, Any] | None) -> Pack
 
 
 class AdapterTable:
-    """Names to loads. The engine keeps an unloaded adapter until its last request has ended."""
+    """Names to loads. The engine keeps an unloaded adapter until its last request has ended.
 
-    def __init__(self, engine: _engine.Engine, base_digest: str | None, base_name: str) -> None:
+    Changes wait for the engine's current step, so they have a lock of their own: `_lock`, which
+    every request takes, is held for moments only.
+    """
+
+    def __init__(self, engine: _engine.Engine, config: EngineConfig, base_digest: str) -> None:
         self._engine = engine
+        self._config = config
         self._base_digest = base_digest
-        self._base_name = base_name
+        self._changes = threading.Lock()  # taken before _lock
         self._lock = threading.Lock()
         self._loads: dict[str, LoadedAdapter] = {}
         self._draining: dict[int, threading.Event] = {}
         self._ids = itertools.count(1)
 
     def _check_base(self, adapter: PackedAdapter) -> None:
-        digest = adapter.base_digest
-        if digest is not None and self._base_digest is not None and digest != self._base_digest:
+        digest, name = adapter.base_digest, self._config.base_name
+        if digest is not None and digest != self._base_digest:
             raise FailedPreconditionError(
                 "base",
                 f"the adapter was packed for base digest {digest}, this engine has "
                 f"{self._base_digest}",
+            )
+        # Of the same weights under another name, the weights count.
+        if digest is None and name and adapter.base_name and adapter.base_name != name:
+            raise FailedPreconditionError(
+                "base", f"the adapter was trained on {adapter.base_name!r}, this is {name!r}"
             )
 
     def load(
@@ -85,7 +100,7 @@ class AdapterTable:
             raise InvalidArgumentError("adapter", "needs a name")
         if not allow_base_mismatch:
             self._check_base(adapter)
-        with self._lock:
+        with self._changes:
             known = self._loads.get(name)
             if known is not None and known.revision == adapter.revision:
                 return known
@@ -99,20 +114,40 @@ class AdapterTable:
             load = LoadedAdapter(
                 name, engine_id, adapter.revision, adapter.max_rank, adapter.size_bytes
             )
-            self._loads[name] = load
+            with self._lock:
+                self._loads[name] = load
+            self._log_dtype(name, adapter)
             if known is not None:
                 self._drain(known)
             return load
 
+    def _log_dtype(self, name: str, adapter: PackedAdapter) -> None:
+        stored = {module.dtype for module in adapter.modules}
+        kept = installed_dtype(stored, self._config.adapter_dtype, self._config.device)
+        if stored != {kept}:
+            _log.info(
+                "adapter %s is stored as %s and installed as %s",
+                name,
+                "+".join(sorted(stored)),
+                kept,
+            )
+
     def _drain(self, load: LoadedAdapter) -> threading.Event:
-        drained = self._draining[load.engine_id] = threading.Event()
-        self._engine.remove_adapter(load.engine_id)
+        drained = threading.Event()
+        with self._lock:
+            self._draining[load.engine_id] = drained
+        try:
+            self._engine.remove_adapter(load.engine_id)
+        except _engine.StatusError as error:  # the engine has stopped
+            self.removed([load.engine_id])
+            raise typed_error(*error.args) from None
         return drained
 
     def unload(self, name: str, timeout_s: float | None) -> None:
         """New requests are refused at once; returns when the last running one has ended."""
-        with self._lock:
-            load = self._loads.pop(name, None)
+        with self._changes:
+            with self._lock:
+                load = self._loads.pop(name, None)
             if load is None:
                 raise NotFoundError("adapter", f"{name!r} is not loaded")
             drained = self._drain(load)
@@ -129,13 +164,24 @@ class AdapterTable:
                 if drained is not None:
                     drained.set()
 
-    def get(self, name: str) -> LoadedAdapter:
-        """Raises NotFoundError."""
+    def closed(self) -> None:
+        """The engine has stopped: nothing is in use any more."""
+        with self._lock:
+            draining = list(self._draining)
+        self.removed(draining)
+
+    @contextlib.contextmanager
+    def using(self, name: str | None) -> Iterator[LoadedAdapter | None]:
+        """The load to submit a request with, inside the block: so the engine gets the request
+        before it is told to let this load go. None is the base model. Raises NotFoundError."""
+        if name is None:
+            yield None
+            return
         with self._lock:
             load = self._loads.get(name)
-        if load is None:
-            raise NotFoundError("adapter", f"{name!r} is not loaded")
-        return load
+            if load is None:
+                raise NotFoundError("adapter", f"{name!r} is not loaded")
+            yield load
 
     def loads(self) -> list[LoadedAdapter]:
         """By name."""

@@ -49,6 +49,7 @@ class RawOutput:
     top_logprobs: list[dict[int, float]]
     prompt_logprobs: list[float]
     cached_tokens: int
+    queue_s: float
     finish_reason: str
     error: LoraServeError | None
 
@@ -69,6 +70,8 @@ class Chunk:
     """The stop string or stop token id that ended the answer."""
     prompt_logprobs: list[float | None] | None
     cached_tokens: int
+    queue_s: float
+    """In the first chunk: seconds from submission to the first step that ran the request."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Completion:
     prompt_logprobs: list[float | None] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    queue_s: float = 0.0
+    """Seconds from submission to the first step that ran the request."""
     revision: str | None = None
     """Of the adapter that answered; None for the base model."""
 
@@ -102,14 +107,25 @@ class Assembler:
         prompt_ids: list[int],
         tokenizer: Tokenizer | None,
         end_ids: frozenset[int],
+        resumed_tokens: int = 0,
     ) -> None:
+        """The last `resumed_tokens` of `prompt_ids` are of the answer; their text is not told
+        again, but what they hold back (an unfinished character, the beginning of a stop string)
+        comes with the tokens that follow. Raises InvalidArgumentError."""
         self._params = params
         self._end_ids = end_ids
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids) if tokenizer else None
+        prompt = prompt_ids[: len(prompt_ids) - resumed_tokens]
+        self._detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
         self._stops = StopMatcher(params.stop) if params.stop else None
         if self._stops and not self._detokenizer:
             raise InvalidArgumentError("stop", "the model directory has no tokenizer")
         self.matched = False
+        if self._detokenizer and resumed_tokens:
+            _, _, matched = self._text(prompt_ids[len(prompt) :], last=False)
+            if matched is not None:
+                raise InvalidArgumentError(
+                    "start_index", f"the answer had ended before it, with {matched!r}"
+                )
 
     def _text(self, token_ids: list[int], last: bool) -> tuple[str, int, str | None]:
         """New text, how many of the tokens it took, and the stop string that matched."""
@@ -163,4 +179,5 @@ class Assembler:
                 else None
             ),
             cached_tokens=raw.cached_tokens,
+            queue_s=raw.queue_s,
         )

@@ -13,6 +13,9 @@ class EngineConfig:
 
     model: str | Path
     """A Hugging Face directory."""
+    base_name: str | None = None
+    """The model's name as trainers write it into adapters; those that name another are refused.
+    None: names are not compared. Base digests, where adapters have them, and shapes always are."""
     device: str = "cpu"
     weight_dtype: DTypeChoice = "auto"
     """auto: bfloat16 if the checkpoint is bfloat16, else float32."""

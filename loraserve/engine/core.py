@@ -4,13 +4,13 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from loraserve import _engine
 from loraserve.checkpoint.model_config import read_model_config
 from loraserve.checkpoint.model_weights import open_model_weights
+from loraserve.engine import arguments
 from loraserve.engine.adapters import AdapterInput, AdapterTable, LoadedAdapter, read_adapter
 from loraserve.engine.assembly import Assembler, Chunk, Completion, typed_error
 from loraserve.engine.config import EngineConfig
@@ -113,6 +113,7 @@ class RequestHandle:
             prompt_logprobs=chunks[0].prompt_logprobs,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=chunks[0].cached_tokens,
+            queue_s=chunks[0].queue_s,
             revision=self.revision,
         )
 
@@ -125,27 +126,28 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        model_path = Path(config.model)
+        model_path = arguments.directory("model", config.model)
         self.config = config
-        self.model_config = read_model_config(model_path)
-        weights = open_model_weights(model_path, self.model_config)
-        self.base_digest: str | None = weights.digest
-        self.weight_dtype = weight_dtype(config.weight_dtype, weights)
         self.tokenizer: Tokenizer | None = None
-        if (model_path / "tokenizer.json").exists():
-            self.tokenizer = Tokenizer.from_directory(model_path)
+        with arguments.reading("model"):
+            self.model_config = read_model_config(model_path)
+            weights = open_model_weights(model_path, self.model_config)
+            if (model_path / "tokenizer.json").exists():
+                self.tokenizer = Tokenizer.from_directory(model_path)
+        self.base_digest: str = weights.digest
+        self.weight_dtype = weight_dtype(config.weight_dtype, weights)
         native = native_config(config, self.weight_dtype)
+        shape = engine_model_config(self.model_config)
         try:
-            self._native = _engine.Engine(
-                native, engine_model_config(self.model_config), engine_weights(weights)
-            )
+            with engine_weights(weights) as views:
+                self._native = _engine.Engine(native, shape, views)
         except _engine.StatusError as error:
             raise typed_error(*error.args) from None
         end_ids = set(self.model_config.eos_token_ids)
         if self.tokenizer is not None:
             end_ids.update(self.tokenizer.eos_ids)
         self._end_ids = frozenset(i for i in end_ids if i < self.model_config.vocab_size)
-        self._table = AdapterTable(self._native, self.base_digest, model_path.name)
+        self._table = AdapterTable(self._native, config, self.base_digest)
         self._delivery = Delivery(self._native, self._table.removed)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
@@ -168,7 +170,9 @@ class Engine:
         names to arrays (DLPack) with its `config`. Loading what is loaded already changes nothing;
         another revision needs `replace`: requests in flight end on the old one.
         """
-        adapter = read_adapter(source, config)
+        arguments.text("adapter", name)
+        with arguments.reading("adapter"):
+            adapter = read_adapter(source, config)
         load = self._table.load(
             name, adapter, replace=replace, allow_base_mismatch=allow_base_mismatch
         )
@@ -204,33 +208,37 @@ class Engine:
         """
         params = params or SamplingParams()
         prompt_ids = self.encode(prompt)
-        load = None if adapter is None else self._table.get(adapter)
+        timeout = arguments.seconds("timeout_s", timeout_s)
+        tenant = arguments.text("tenant", tenant)
+        adapter = None if adapter is None else arguments.text("adapter", adapter)
         engine_id = next(self._ids)
-        request_id = request_id or f"request-{engine_id}"
+        request_id = arguments.text("request_id", request_id or f"request-{engine_id}")
         request = _engine.Request()
         request.id = engine_id
-        request.adapter = 0 if load is None else load.engine_id
-        request.cache_namespace = f"{tenant}\0{load.revision if load else ''}"
         assign(request, "priority", priority)
-        end_ids = frozenset(params.stop_token_ids)
+        end_ids = frozenset(arguments.integers("stop_token_ids", params.stop_token_ids))
         if not params.ignore_eos:
             end_ids |= self._end_ids
         request.prompt = prompt_ids
         assign(request, "resumed_tokens", start_index, "start_index")
         request.params = native_params(params, end_ids)
-        assembler = Assembler(params, prompt_ids, self.tokenizer, end_ids)
+        resumed = max(0, min(start_index, len(prompt_ids)))
+        assembler = Assembler(params, prompt_ids, self.tokenizer, end_ids, resumed)
         mailbox = Mailbox(loop)
         with self._lock:
             if request_id in self._live:
                 raise AlreadyExistsError("request_id", f"{request_id!r} is in use")
             self._live.add(request_id)
         try:
-            self._delivery.register(engine_id, mailbox)
-            self._native.submit(request, timeout_s or 0.0)
+            with self._table.using(adapter) as load:
+                request.adapter = load.engine_id if load else 0
+                request.cache_namespace = f"{tenant}\0{load.revision if load else ''}"
+                self._delivery.register(engine_id, mailbox)
+                self._native.submit(request, timeout)
         except _engine.StatusError as error:
             self._ended(engine_id, request_id)
             raise typed_error(*error.args) from None
-        except LoraServeError:
+        except BaseException:
             self._ended(engine_id, request_id)
             raise
         return RequestHandle(self, engine_id, request_id, mailbox, assembler, load, len(prompt_ids))
@@ -291,10 +299,7 @@ class Engine:
             if self.tokenizer is None:
                 raise InvalidArgumentError("prompt", "is text, but there is no tokenizer")
             return self.tokenizer.encode(prompt)
-        ids = list(prompt)
-        if not all(isinstance(i, int) and -(2**31) <= i < 2**31 for i in ids):
-            raise InvalidArgumentError("prompt", "token ids must be 32-bit integers")
-        return ids
+        return arguments.integers("prompt", prompt)
 
     def _abort(self, engine_id: int) -> None:
         self._native.abort(engine_id)
@@ -319,6 +324,7 @@ class Engine:
         """Ends the engine after its current step; waiting callers get UnavailableError."""
         self._native.stop()
         self._delivery.join()
+        self._table.closed()
 
     def __enter__(self) -> "Engine":
         return self

@@ -57,13 +57,14 @@ def _raw(output: _engine.Output) -> RawOutput:
         top_logprobs=[dict(top) for top in output.top_logprobs],
         prompt_logprobs=output.prompt_logprobs,
         cached_tokens=output.cached_tokens,
+        queue_s=output.queue_seconds,
         finish_reason=reason,
         error=typed_error(output.error_code, output.error_message) if reason == "error" else None,
     )
 
 
 def _failed(error: LoraServeError) -> RawOutput:
-    return RawOutput(0, [], [], [], [], 0, "error", error)
+    return RawOutput(0, [], [], [], [], 0, 0.0, "error", error)
 
 
 def _put_all(items: list[tuple[Mailbox, RawOutput]]) -> None:

@@ -1,11 +1,15 @@
 """From a checkpoint's mapped tensors to the C++ engine's views of them."""
 
+import contextlib
+from collections.abc import Iterator, Set
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from loraserve import _engine
+from loraserve.checkpoint.adapter_source import check_finite
 from loraserve.checkpoint.model_config import ModelConfig, inverse_frequencies
 from loraserve.checkpoint.model_weights import ModelWeights
 from loraserve.checkpoint.packed_adapter import PackedAdapter
@@ -31,28 +35,35 @@ def engine_model_config(config: ModelConfig) -> _engine.ModelConfig:
     return out
 
 
-def _matrix(view: TensorView) -> _engine.HostMatrix:
-    return _engine.HostMatrix(np.ascontiguousarray(view.data))
+def _readable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Contiguous and aligned, as C++ reads it; a copy only where the file left it unaligned."""
+    return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 
-def _optional(view: TensorView | None) -> _engine.HostMatrix | None:
-    return None if view is None else _matrix(view)
+@contextlib.contextmanager
+def engine_weights(weights: ModelWeights) -> Iterator[_engine.ModelWeights]:
+    """The checkpoint's tensors as C++ sees them: views that are valid inside the block.
 
+    Raises InvalidCheckpointError naming a tensor that holds NaN or infinity.
+    """
+    kept: list[npt.NDArray[Any]] = []  # C++ has addresses only
 
-def engine_weights(weights: ModelWeights) -> _engine.ModelWeights:
-    """Views only: `weights` must live until the engine is built."""
+    def matrix(view: TensorView | None) -> _engine.HostMatrix | None:
+        if view is None:
+            return None
+        check_finite(f"tensor {view.name!r}", view.data, view.dtype)
+        kept.append(_readable(view.data))
+        return _engine.HostMatrix(kept[-1])
+
     out = _engine.ModelWeights()
-    out.embed_tokens = _matrix(weights.embed_tokens)
-    out.final_norm = _matrix(weights.final_norm)
-    out.lm_head = _optional(weights.lm_head)
+    for name in ("embed_tokens", "final_norm", "lm_head"):
+        setattr(out, name, matrix(getattr(weights, name)))
     for layer in weights.layers:
         to = _engine.LayerWeights()
-        for name in ("input_norm", "post_norm", "q", "k", "v", "o", "gate", "up", "down"):
-            setattr(to, name, _matrix(getattr(layer, name)))
-        for name in ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"):
-            setattr(to, name, _optional(getattr(layer, name)))
+        for role in fields(layer):
+            setattr(to, role.name, matrix(getattr(layer, role.name)))
         out.add_layer(to)
-    return out
+    yield out
 
 
 def weight_dtype(choice: str, weights: ModelWeights) -> str:
@@ -64,4 +75,14 @@ def weight_dtype(choice: str, weights: ModelWeights) -> str:
 
 def adapter_modules(adapter: PackedAdapter) -> list[AdapterModuleTuple]:
     """(layer, module, rank, scaling, A [rank, in], B transposed [rank, out]) of each module."""
-    return [(m.layer, m.module, m.rank, m.scaling, m.a, m.b_transposed) for m in adapter.modules]
+    return [
+        (m.layer, m.module, m.rank, m.scaling, _readable(m.a), _readable(m.b_transposed))
+        for m in adapter.modules
+    ]
+
+
+def installed_dtype(stored: Set[str], choice: str, device: str) -> str:
+    """What an adapter stored in these dtypes becomes in pages, in the words of safetensors."""
+    if choice != "auto":
+        return {"float32": "F32", "bfloat16": "BF16"}[choice]
+    return "BF16" if device != "cpu" or stored == {"BF16"} else "F32"

@@ -1,6 +1,7 @@
 """Fills the C++ engine's structs, so that a value of the wrong kind is an error with a name."""
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 from loraserve import _engine
@@ -41,7 +42,7 @@ def native_config(config: EngineConfig, weight_dtype: str) -> _engine.EngineConf
     assign(native, "memory_bytes", memory)
     adapter_dtype = None if config.adapter_dtype == "auto" else config.adapter_dtype
     for field, dtype in (("weight_dtype", weight_dtype), ("adapter_dtype", adapter_dtype)):
-        if dtype not in ("float32", "bfloat16", None):
+        if dtype not in ("float32", "bfloat16") and not (field, dtype) == ("adapter_dtype", None):
             raise InvalidArgumentError(field, f"{dtype!r} is not auto, float32 or bfloat16")
     native.set_dtypes(weight_dtype, adapter_dtype)
     return native
@@ -67,9 +68,11 @@ def native_params(params: SamplingParams, end_ids: frozenset[int]) -> _engine.Sa
         raise InvalidArgumentError("seed", f"{params.seed!r} is not an integer")
     seed = random.getrandbits(63) if params.seed is None else params.seed
     native.seed = seed % 2**64
+    if params.logit_bias and not isinstance(params.logit_bias, Mapping):
+        raise InvalidArgumentError("logit_bias", "is not a mapping of token ids to numbers")
     assign(native, "logit_bias", list(params.logit_bias.items()) if params.logit_bias else [])
     assign(native, "stop_token_ids", sorted(end_ids))
-    if params.logprobs is not None and params.logprobs < 0:
-        raise InvalidArgumentError("logprobs", f"{params.logprobs}, must not be negative")
+    if params.logprobs == -1:  # the engine's own word for none
+        raise InvalidArgumentError("logprobs", "-1, must not be negative")
     assign(native, "logprobs", -1 if params.logprobs is None else params.logprobs)
     return native

@@ -28,6 +28,8 @@ class EngineStats:
     pages_adapter: int
     adapters_installed: int
     """In pages, ready for the next step; the others loaded are in host memory."""
+    adapter_weight_bytes: int
+    """Of their weights; `pages_adapter` pages hold them and some padding."""
     weight_bytes: int
 
 

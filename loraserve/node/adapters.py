@@ -248,7 +248,12 @@ class HeldAdapters:
                     )
                     self._make_room(held.spec, held.placed)
                 held.installing = True
-                await self._in_thread(lambda: self._engine.load_adapter(held.engine_name, packed))
+                # Whether it may serve this base was decided when it was admitted to the cluster.
+                await self._in_thread(
+                    lambda: self._engine.load_adapter(
+                        held.engine_name, packed, allow_base_mismatch=True
+                    )
+                )
         except Exception as error:
             typed = error if isinstance(error, LoraServeError) else None
             if typed is None:

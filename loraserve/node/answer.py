@@ -51,6 +51,7 @@ class Answer:
         self._last_s = 0.0
         self._tokens = request.start_index
         self._cached_tokens = 0
+        self._queue_s = 0.0
         self._load: common_pb2.NodeLoad | None = None
 
     def __enter__(self) -> "Answer":
@@ -87,6 +88,7 @@ class Answer:
             _add_logprobs(response, chunk)
         if self._load is None:
             self._cached_tokens = chunk.cached_tokens
+            self._queue_s = chunk.queue_s
             response.start.CopyFrom(self._start())
         load = self._node.load()
         if load is not self._load:
@@ -128,8 +130,7 @@ class Answer:
         usage.prompt_tokens = self._prompt_tokens
         usage.completion_tokens = self._tokens
         usage.cached_prompt_tokens = self._cached_tokens
-        # Up to the engine's queue: it does not tell when the first step of a request begins.
-        usage.queue_time_us = round((self._submitted_s - self._arrival_s) * 1e6)
+        usage.queue_time_us = round((self._submitted_s - self._arrival_s + self._queue_s) * 1e6)
         if isinstance(chunk.stop_reason, str):
             usage.stop_string = chunk.stop_reason
         elif chunk.stop_reason is not None:

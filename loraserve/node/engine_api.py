@@ -27,6 +27,9 @@ class OutputChunk(Protocol):
     def stop_reason(self) -> str | int | None: ...
     @property
     def cached_tokens(self) -> int: ...
+    @property
+    def queue_s(self) -> float:
+        """In the first chunk: seconds from submission to the first step that ran the request."""
 
 
 class RequestStream(Protocol):

@@ -1,4 +1,4 @@
-"""Coefficients of a CostModel from measured steps, and how well they predict others. Needs scipy."""
+"""Coefficients of a CostModel from measured steps, and their error on others. Needs scipy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -72,7 +72,7 @@ def fit_cost_model(points: Sequence[Point], used: Sequence[str] = COEFFICIENTS) 
     times = np.array([point.median_s for point in points])
     if len(points) < len(columns) or not np.all(times > 0):
         raise InvalidArgumentError("points", f"{len(points)} for {len(columns)} coefficients")
-    # Relative errors: every row is divided by its time. Columns to unit size, for the solver's sake.
+    # Relative errors: every row by its time. Columns to unit size, for the solver's sake.
     relative = rows / times[:, None]
     scale = np.linalg.norm(relative, axis=0)
     present = scale > 0

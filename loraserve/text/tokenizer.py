@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face directory, as transformers would load it."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from loraserve.checkpoint.bounded_json import parse_object
-from loraserve.errors import InvalidArgumentError, InvalidCheckpointError
+from loraserve.errors import InvalidArgumentError, InvalidCheckpointError, LoraServeError
 
 MAX_TOKENIZER_BYTES = 128 << 20
 MAX_CONFIG_BYTES = 8 << 20
@@ -112,14 +113,16 @@ class _Settings:
         return {entry["name"]: entry["template"] for entry in value}
 
 
-def _load(raw: bytes) -> tokenizers.Tokenizer:
+@contextlib.contextmanager
+def _typed(kind: type[LoraServeError], field: str) -> Iterator[None]:
+    """What the Rust library raises, as an error of this kind."""
     try:
-        return tokenizers.Tokenizer.from_buffer(raw)
+        yield
     except BaseException as error:
-        # A panic of the Rust library derives from BaseException; it is a broken file too.
+        # Its panics derive from BaseException; they are the broken file's fault too.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InvalidCheckpointError("tokenizer.json", str(error)[:500]) from None
+        raise kind(field, str(error)[:500]) from None
 
 
 class Tokenizer:
@@ -159,13 +162,15 @@ class Tokenizer:
         if not (path / "tokenizer.json").is_file():
             raise InvalidCheckpointError("tokenizer.json", f"not found in {path.name!r}")
         settings = _Settings(path)
-        backend = _load(_read(path / "tokenizer.json", MAX_TOKENIZER_BYTES))
-        backend.no_truncation()
-        backend.no_padding()
-        known = {token.content for token in backend.get_added_tokens_decoder().values()}
-        backend.add_tokens([token for token in settings.added() if token.content not in known])
-        named = settings.named()
-        backend.add_special_tokens([*named.values(), *settings.extra()])
+        raw = _read(path / "tokenizer.json", MAX_TOKENIZER_BYTES)
+        added, named, extra = settings.added(), settings.named(), settings.extra()
+        with _typed(InvalidCheckpointError, "tokenizer.json"):
+            backend = tokenizers.Tokenizer.from_buffer(raw)
+            backend.no_truncation()
+            backend.no_padding()
+            known = {token.content for token in backend.get_added_tokens_decoder().values()}
+            backend.add_tokens([token for token in added if token.content not in known])
+            backend.add_special_tokens([*named.values(), *extra])
         special_tokens = {role: token.content for role, token in named.items()}
         return cls(backend, special_tokens, settings.chat_templates(path))
 
@@ -181,27 +186,27 @@ class Tokenizer:
         return {token: byte for token, byte in ids if token is not None}
 
     def _replacement_ids(self) -> tuple[int, ...]:
-        before = self.encode("x", add_special_tokens=False)
-        ids = self.encode("x\ufffd", add_special_tokens=False)
+        try:
+            before = self.encode("x", add_special_tokens=False)
+            ids = self.encode("x\ufffd", add_special_tokens=False)
+        except InvalidArgumentError:  # it has neither the character nor an unknown token
+            return ()
         written = ids[: len(before)] == before and self.decode(ids) == "x\ufffd"
         return tuple(ids[len(before) :]) if written else ()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; with the special tokens that the model expects around a text, if wanted.
 
-        Special tokens that are written out in `text` become their ids.
+        Special tokens that are written out in `text` become their ids. Raises InvalidArgumentError
+        where `text` is not Unicode text, or the tokenizer has no tokens for it.
         """
-        try:
+        with _typed(InvalidArgumentError, "text"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError):
-            raise InvalidArgumentError("text", "is not Unicode text") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids that the tokenizer does not know are left out."""
-        try:
+        with _typed(InvalidArgumentError, "ids"):
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        except (OverflowError, TypeError):
-            raise InvalidArgumentError("ids", "token ids are integers from 0 to 2^32-1") from None
 
     def has_text(self, token: int) -> bool:
         """False for special tokens and unknown ids: `decode` skips them."""

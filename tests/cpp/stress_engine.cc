@@ -1,6 +1,7 @@
 // Drives an EngineThread from several threads at once: submits, aborts, deadlines, adapters loaded,
-// replaced and unloaded in flight, memory so short that sequences are preempted. Checks that every
-// request ends exactly once and that no page is lost. Run under ASAN, UBSAN and TSAN.
+// replaced and unloaded in flight, memory so short that sequences are preempted; and stops it while
+// it is busy. Checks that every request ends exactly once and that no page is lost. Run under ASAN,
+// UBSAN and TSAN.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/clock.h"
 #include "engine/engine_thread.h"
 
 using namespace loraserve;
@@ -92,6 +94,8 @@ struct Ledger {
   std::mutex mutex;
   std::unordered_map<RequestId, int32_t> next_index;  // of unfinished requests
   uint64_t ended = 0;
+  uint64_t expired = 0;
+  uint64_t cancelled = 0;
   std::vector<AdapterId> removed;
 };
 
@@ -108,6 +112,8 @@ void Collect(EngineThread& engine, Ledger& ledger) {
       if (output.finish_reason != FinishReason::kNone) {
         ledger.next_index.erase(found);
         ++ledger.ended;
+        ledger.expired += output.error.code() == StatusCode::kDeadlineExceeded ? 1 : 0;
+        ledger.cancelled += output.finish_reason == FinishReason::kCancelled ? 1 : 0;
       }
     }
     ledger.removed.insert(ledger.removed.end(), report->removed_adapters.begin(),
@@ -134,6 +140,9 @@ void SubmitMany(EngineThread& engine, Ledger& ledger, int thread, int count,
     request.cache_namespace = std::to_string(request.adapter);
     request.priority = static_cast<int32_t>(random() % 3);
     if (i % 17 == 0) request.deadline = 1e-9;  // long past
+    if (i % 13 == 0) {                         // while it waits or runs
+      request.deadline = MonotonicSeconds() + 1e-3 * static_cast<double>(random() % 20);
+    }
     {
       const std::lock_guard<std::mutex> lock(ledger.mutex);
       ledger.next_index[request.id] = 0;
@@ -146,19 +155,59 @@ void SubmitMany(EngineThread& engine, Ledger& ledger, int thread, int count,
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const int count = argc > 1 ? std::atoi(argv[1]) : 300;
-  Matrices matrices;
+std::unique_ptr<Engine> Create(Matrices& matrices) {
   EngineConfig config;
   config.backend.threads = 2;
   config.memory_bytes = 26 * (16 << 10);  // a few sequences and adapters only
   config.max_batch_tokens = 48;
   config.max_sequences = 12;
+  config.max_step_adapter_bytes = 8 * (16 << 10);
   auto created = Engine::Create(config, Config(), Weights(matrices));
   LS_CHECK(created.ok());
-  EngineThread engine(std::move(created.value()));
+  return std::move(created.value());
+}
+
+// Stops an engine in the middle of its work while others still call it: no hang, and whoever comes
+// too late is told so.
+void StopWhileBusy(Matrices& matrices) {
+  EngineThread engine(Create(matrices));
+  LS_CHECK(engine.AddAdapter(1, Adapter(matrices, 8)).ok());
+  std::atomic<int> refused{0};
+  std::vector<std::thread> callers;
+  for (int thread = 0; thread < 2; ++thread) {
+    callers.emplace_back([&, thread] {
+      for (RequestId i = 1; refused.load() < 100; ++i) {
+        Request request;
+        request.id = static_cast<RequestId>(thread) << 32 | i;
+        request.prompt = {1, 2, 3};
+        request.params.max_tokens = 40;
+        request.adapter = 1;
+        const Status status = engine.Submit(std::move(request));
+        LS_CHECK(status.ok() || status.code() == StatusCode::kUnavailable);
+        refused += status.ok() ? 0 : 1;
+        engine.Abort(i / 2);
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      }
+    });
+  }
+  std::thread collector([&] {
+    while (engine.WaitReport(0.01)) {
+    }
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  engine.Stop();
+  for (std::thread& caller : callers) caller.join();
+  collector.join();
+  LS_CHECK(engine.RemoveAdapter(1).code() == StatusCode::kUnavailable);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int count = argc > 1 ? std::atoi(argv[1]) : 300;
+  Matrices matrices;
+  for (int i = 0; i < 5; ++i) StopWhileBusy(matrices);
+  EngineThread engine(Create(matrices));
 
   Ledger ledger;
   std::atomic<AdapterId> current[kAdapters];
@@ -211,6 +260,7 @@ int main(int argc, char** argv) {
   LS_CHECK(ledger.next_index.empty());
   LS_CHECK(stats.pages_adapter == 0);
   LS_CHECK(stats.running == 0 && stats.waiting == 0);
+  LS_CHECK(ledger.expired > 0 && ledger.cancelled > 0);
   LS_CHECK(stats.preemptions > 0 && stats.adapter_evictions > 0 && stats.prefix_hit_tokens > 0);
   std::printf("%llu requests, %llu tokens, %llu steps, %llu preemptions, %llu replacements\n",
               static_cast<unsigned long long>(ledger.ended),

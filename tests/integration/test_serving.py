@@ -243,6 +243,21 @@ def test_an_adapter_that_cannot_be_is_not_admitted(cluster: Site, tmp_path: Path
         client.adapters.get("broken")
 
 
+def test_an_adapter_of_other_weights_serves_where_that_was_allowed(
+    cluster: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, client = cluster
+    foreign = tmp_path / "foreign.lora"
+    pack = ("adapter", "pack", str(adapter_directory("upper")), str(foreign))
+    assert main([*pack, "--base-digest", "ab" * 32]) == 0
+    add = ("adapter", "add", "foreign", str(foreign), "--wait", "20")
+    assert command(cluster, *add) == 1
+    assert "base: the adapter was made for weights abab" in capsys.readouterr().err
+    assert command(cluster, *add, "--allow-base-mismatch") == 0
+    assert client.generate(prompt("word"), GREEDY, adapter="foreign").text == "WORD"
+    client.adapters.remove("foreign")
+
+
 def test_generate_prints_what_the_client_gets(
     cluster: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

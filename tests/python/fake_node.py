@@ -41,6 +41,7 @@ class FakeChunk:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 3
+    queue_s: float = 0.0
 
 
 class FakeStream:
@@ -72,6 +73,7 @@ class FakeStream:
                     [] if params.logprobs is None else [-0.5],
                     [{token: -0.5, 7: -2.0, 9: -1.0}] if params.logprobs else [],
                     "length" if last else None,
+                    queue_s=0.0 if index else self.engine.queue_s,
                 )
         finally:
             self.engine.live.discard(self.request_id)
@@ -92,6 +94,7 @@ class FakeEngine:
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s
+        self.queue_s = 0.0
         self.live: set[str] = set()
         self.ended: list[str] = []
         self.calls: list[dict[str, Any]] = []

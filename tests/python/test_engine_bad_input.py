@@ -328,31 +328,3 @@ def test_a_closed_engine(store: OracleStore) -> None:
     with pytest.raises(LoraServeError) as caught:
         engine.submit([1], SamplingParams(**SHORT)).result(timeout_s=TIMEOUT_S)
     assert caught.value.field
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("device", "tpu"),
-        ("weight_dtype", "int3"),
-        ("adapter_dtype", "float64"),
-        ("memory_bytes", 1),
-        ("memory_bytes", -1),
-        ("block_size", 0),
-        ("max_batch_tokens", 0),
-        ("max_sequences", 0),
-        ("threads", -1),
-        ("max_step_adapter_bytes", -1),
-    ],
-)
-def test_a_bad_engine_option(store: OracleStore, option: str, value: Any) -> None:
-    with pytest.raises(LoraServeError) as caught:
-        Engine(EngineConfig(model=store.checkpoint(NAME), **{option: value}))
-    assert option in caught.value.field
-
-
-def test_a_model_that_is_none(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(LoraServeError) as caught:
-            Engine(EngineConfig(model=path))
-        assert caught.value.field

@@ -190,6 +190,44 @@ def test_with_preemptions(store: OracleStore, alone: list[Any]) -> None:
     print(f"{kv_bytes} bytes of KV: {preempted} preemptions, {hits} prefix-cache tokens")
 
 
+@pytest.mark.parametrize("step_bytes", [0, 1_500_000])
+def test_with_adapter_evictions(store: OracleStore, alone: list[Any], step_bytes: int) -> None:
+    """Half the adapters fit at a time: they are evicted and installed again, into other pages,
+    while sequences are preempted and prefixes found; every answer keeps its bits."""
+    with open_engine(store, memory_bytes=ROOMY) as engine:
+        run_batch(engine, 10)
+        stats = engine.stats()
+        adapter_bytes = stats.pages_adapter * stats.page_bytes
+    memory = adapter_bytes // 2 + (2 << 20)
+    rng = random.Random(99)
+    with open_engine(
+        store,
+        memory_bytes=memory,
+        max_batch_tokens=rng.randrange(20, 90),
+        max_step_adapter_bytes=step_bytes,
+    ) as engine:
+        for seed in (11, 12):
+            assert_same(run_batch(engine, seed), alone, f"{memory} bytes, round {seed}")
+        stats = engine.stats()
+    assert stats.adapter_evictions > 0
+    assert stats.adapter_installs > len(ADAPTERS)
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_tokens > 0
+
+
+def test_with_random_chunk_sizes(store: OracleStore, alone: list[Any]) -> None:
+    rng = random.Random(2024)
+    for seed in range(20, 26):
+        options = {
+            "max_batch_tokens": rng.randrange(3, 300),
+            "max_sequences": rng.randrange(2, 30),
+            "block_size": rng.choice((16, 32, 48)),
+            "threads": rng.choice((1, 2)),
+        }
+        with open_engine(store, memory_bytes=ROOMY, **options) as engine:
+            assert_same(run_batch(engine, seed), alone, str(options))
+
+
 def test_sampling_depends_on_the_seed(store: OracleStore) -> None:
     """The bitwise tests would mean little if sampling ignored its seed or its distribution."""
     with open_engine(store) as engine:

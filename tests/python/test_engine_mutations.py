@@ -58,6 +58,31 @@ def edit_tensors(
     return mutate
 
 
+def skip_layer(layer: int) -> Callable[[Path], None]:
+    """Both of its blocks then add nothing to the residual stream."""
+
+    def mutate(directory: Path) -> None:
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            edit_tensors(f"layers.{layer}.{name}", torch.zeros_like)(directory)
+
+    return mutate
+
+
+def rename_tensors(old: str, new: str) -> Callable[[Path], None]:
+    def mutate(directory: Path) -> None:
+        path = directory / "adapter_model.safetensors"
+        tensors = load_file(path)
+        assert any(old in name for name in tensors)
+        assert not any(new in name for name in tensors)
+        save_file({name.replace(old, new): t for name, t in tensors.items()}, path)
+        config = directory / "adapter_config.json"
+        values = json.loads(config.read_text())
+        values["target_modules"] = [*values["target_modules"], new.rsplit(".", 1)[1]]
+        config.write_text(json.dumps(values))
+
+    return mutate
+
+
 def drop_scaling(config: dict[str, Any]) -> None:
     """Makes alpha equal to the rank, everywhere."""
     config.update(lora_alpha=config["r"], use_rslora=False)
@@ -116,6 +141,19 @@ MUTATIONS = [
         "r17",
         edit_tensors("layers.0.mlp.up_proj.lora_A", lambda a: torch.cat([a[:-1], 0 * a[-1:]])),
     ),
+    Mutation(
+        "wrong adapter module",
+        "mistral",
+        "r128",
+        rename_tensors("layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj"),
+    ),
+    Mutation(
+        "attention skipped",
+        "llama-linear",
+        None,
+        edit_tensors("layers.1.self_attn.o_proj", torch.zeros_like),
+    ),
+    Mutation("base layer skipped", "llama-linear", None, skip_layer(2)),
     Mutation("rope theta", "llama", None, rope(rope_theta=10100.0)),
     Mutation("rope factor", "llama-linear", None, rope(factor=4.04)),
     Mutation(

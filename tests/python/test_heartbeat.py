@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from heard_controller import FakeController, drain, drop, listening, load
 from fake_node import BASE, CONTEXT, FakeEngine, serving, spec, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from heard_controller import FakeController, drain, drop, listening, load
 from node_calls import answers, refused, run, store_with
 
 from loraserve.errors import FailedPreconditionError, UnavailableError

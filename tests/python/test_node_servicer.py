@@ -20,6 +20,7 @@ from loraserve.wire_errors import DETAILS_KEY, from_rpc_error
 def test_an_answer_from_first_to_last_message() -> None:
     async def test() -> None:
         engine = FakeEngine()
+        engine.queue_s = 7.5
         async with serving(engine) as (server, channel):
             out = await answers(
                 channel, attempt=2, sampling={"max_tokens": 3, "seed": 11, "logprobs": 2}
@@ -36,6 +37,8 @@ def test_an_answer_from_first_to_last_message() -> None:
             assert out[0].load.total_pages == 100
             assert out[2].finish_reason == FINISH_REASON_LENGTH
             assert out[2].usage.completion_tokens == 3
+            # What the engine says, and the little that it took to get there.
+            assert 7_500_000 <= out[2].usage.queue_time_us < 8_500_000
             assert not len(server.node.requests)
             value = server.metrics.registry.get_sample_value
             assert value("loraserve_requests_total", {"code": "OK"}) == 1

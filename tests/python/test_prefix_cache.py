@@ -1,4 +1,4 @@
-"""PrefixCache against a dictionary: nothing in use is evicted, nothing is found that was not put."""
+"""PrefixCache against a dictionary: nothing in use is evicted, nothing found that was not put."""
 
 from hypothesis import settings
 from hypothesis import strategies as st

@@ -135,19 +135,35 @@ def _full(seconds: float | None = 0.1) -> Generate:
     return generate
 
 
-def test_a_full_node_is_left_for_another_after_the_time_it_named() -> None:
+def test_a_full_node_is_left_for_another_at_once() -> None:
     async def test() -> None:
         async with (
-            bad_node(_full(0.15)) as full,
+            bad_node(_full(5.0)) as full,
             good_node() as (_, server),
             client(nodes_table(a=full.address, b=server.address)) as asks,
         ):
             begin = asyncio.get_running_loop().time()
             exact(await asks.answer(), attempts=2)
-            assert 0.15 <= asyncio.get_running_loop().time() - begin < 2
+            assert asyncio.get_running_loop().time() - begin < 2
             # It is full, not lost: the next request may ask it.
             await asks.answer()
             assert len(full.requests) == 2
+
+    run(test)
+
+
+def test_the_only_holder_is_asked_again_after_the_time_it_named() -> None:
+    async def test() -> None:
+        async def generate(request: GenerateRequest, context: Any) -> None:
+            if request.attempt == 0:
+                await _full(0.15)(request, context)
+            await context.write(finish(0))
+
+        async with bad_node(generate) as node, client(nodes_table(a=node.address)) as asks:
+            begin = asyncio.get_running_loop().time()
+            await asks.answer()
+            assert 0.15 <= asyncio.get_running_loop().time() - begin < 2
+            assert len(node.requests) == 2
 
     run(test)
 

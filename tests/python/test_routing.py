@@ -301,7 +301,6 @@ def _event(router: Router, clock: Clock) -> st.SearchStrategy[Callable[[], objec
     names = st.sampled_from(_NAMES)
     return st.one_of(
         st.builds(lambda n: lambda: router.failed(n), names),
-        st.builds(lambda n, t: lambda: router.failed(n, t), names, st.floats(0, 50)),
         st.builds(lambda n, load: lambda: router.observe(n, load), names, _LOADS),
         st.builds(lambda n, t: lambda: router.began(n, t), names, st.integers(0, 10**6)),
         st.builds(lambda s: lambda: setattr(clock, "now", clock.now + s), st.floats(0, 1e6)),

@@ -46,16 +46,6 @@ def test_a_request_from_before_the_failure_does_not_clear_the_node() -> None:
     assert set(site.picks(BASE_MODEL)) == {"a", "b"}
 
 
-def test_a_time_that_the_server_named_is_kept_and_counts_as_no_failure() -> None:
-    site = Site(table("ab"))
-    site.router.failed("a", 7.0)
-    site.router.failed("a")  # shorter: must not cut the time
-    site.clock.now += 6.9
-    assert site.only(BASE_MODEL) == "b"
-    site.clock.now += 0.2
-    assert site.fail("a") == 1
-
-
 def test_failed_nodes_serve_where_nobody_else_can() -> None:
     site = Site(table("ab", adapter(holder("a"))))
     site.router.failed("a")
@@ -78,13 +68,13 @@ def test_failures_of_unknown_nodes_are_ignored() -> None:
 
 def test_a_restarted_node_starts_clean_and_another_table_keeps_the_record() -> None:
     site = Site(table("ab"))
-    site.router.failed("a", 100)
+    site.router.failed("a")
     site.router.observe("b", ObservedLoad(queued_prefill_tokens=10))
     site.router.set_table(table("ab", adapter(holder("a"))))
     assert site.only(BASE_MODEL) == "b"
     # A table from before the restart, late: the younger record stays.
     site.router.set_table(table([node("a", incarnation=2), node("b")]))
     assert site.only(BASE_MODEL) == "a"
-    site.router.failed("a", 100)
+    site.router.failed("a")
     site.router.set_table(table([node("a", incarnation=1), node("b")]))
     assert site.only(BASE_MODEL) == "b"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizer_makers import MAKERS, SENTENCES, byte_fallback_bpe, byte_level_bpe
 from transformers import AutoTokenizer
 
+from loraserve import demo
 from loraserve.errors import InvalidArgumentError, InvalidCheckpointError
 from loraserve.text.tokenizer import Tokenizer
 
@@ -21,8 +22,10 @@ def _pair(path: Path) -> Pair:
     return Tokenizer.from_directory(path), AutoTokenizer.from_pretrained(path)
 
 
-@pytest.fixture(scope="module", params=list(MAKERS))
+@pytest.fixture(scope="module", params=[*MAKERS, "shipped"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    if request.param == "shipped":
+        return _pair(demo.MODEL_DIRECTORY)
     return _pair(MAKERS[request.param](tmp_path_factory.mktemp(request.param)))
 
 

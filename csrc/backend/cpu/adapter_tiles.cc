@@ -77,6 +77,8 @@ std::unique_ptr<CpuAdapter> CpuAdapter::Install(const AdapterSource& source, DTy
     to.b.columns = RoundUp(from.b.cols, 16);
     Fill(to.b, arena, from.b.cols, [&](int64_t rank, int64_t c) { return from.b.at(rank, c); });
     offset += ModuleBytes(from, dtype);
+    adapter->weight_bytes_ +=
+        static_cast<uint64_t>(from.rank * (from.a.cols + from.b.cols) * BytesOf(dtype));
 
     const size_t index =
         static_cast<size_t>(from.layer) * kNumLinearModules + static_cast<size_t>(from.module);

@@ -31,6 +31,7 @@ class CpuAdapter final : public InstalledAdapter {
                                              std::byte* arena, uint64_t page_bytes,
                                              std::span<const PageId> pages);
   static uint64_t Bytes(const AdapterSource& source, DType dtype);
+  uint64_t weight_bytes() const override { return weight_bytes_; }
 
   // Null if the adapter leaves this module alone.
   const CpuAdapterModule* Find(int layer, LinearModule module) const {
@@ -40,6 +41,7 @@ class CpuAdapter final : public InstalledAdapter {
   }
 
  private:
+  uint64_t weight_bytes_ = 0;
   std::vector<PageId> pages_;
   std::vector<CpuAdapterModule> modules_;
   std::vector<int> index_;  // [layer][module] -> modules_, -1 where there is none

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "backend/cpu/host_memory.h"
 #include "base/check.h"
 
 namespace loraserve {
@@ -45,6 +46,14 @@ Result<std::unique_ptr<Buffer>> CpuBackend::Allocate(uint64_t bytes) {
   return buffer;
 }
 
+void CpuBackend::CopyToDevice(Stream*, const void* host, void* device, uint64_t bytes) {
+  std::memcpy(device, host, bytes);
+}
+
+void CpuBackend::CopyToHost(Stream*, const void* device, void* host, uint64_t bytes) {
+  std::memcpy(host, device, bytes);
+}
+
 Result<std::unique_ptr<PreparedWeight>> CpuBackend::PrepareWeight(std::span<const HostMatrix> parts,
                                                                   std::vector<float> bias,
                                                                   DType dtype) {
@@ -72,11 +81,18 @@ Status CpuBackend::BindPages(const KvLayout& layout, uint32_t num_pages,
   layout_ = layout;
   padded_head_dim_ = (layout.head_dim + 15) / 16 * 16;
   inverse_frequencies_.assign(inverse_frequencies.begin(), inverse_frequencies.end());
-  pages_ = HostBuffer::Create(uint64_t{num_pages} * layout.page_bytes);
+  const uint64_t bytes = uint64_t{num_pages} * layout.page_bytes;
+  // Linux hands out addresses beyond what it has, and kills who uses them.
+  const uint64_t available = HostMemoryBytes();
+  if (bytes > available) {
+    return Status(StatusCode::kResourceExhausted, "memory_bytes: " + std::to_string(bytes) +
+                                                      ", this machine has " +
+                                                      std::to_string(available));
+  }
+  pages_ = HostBuffer::Create(bytes);
   if (pages_ == nullptr) {
-    return Status(StatusCode::kResourceExhausted, "memory_bytes: no memory for " +
-                                                      std::to_string(num_pages) + " pages of " +
-                                                      std::to_string(layout.page_bytes) + " bytes");
+    return Status(StatusCode::kResourceExhausted,
+                  "memory_bytes: no memory for " + std::to_string(bytes) + " bytes of pages");
   }
   return Status();
 }

@@ -30,6 +30,8 @@ class CpuBackend final : public Backend {
   DType activation_dtype() const override { return DType::kF32; }
   Result<std::unique_ptr<Buffer>> Allocate(uint64_t bytes) override;
   void Synchronize(Stream*) override {}
+  void CopyToDevice(Stream*, const void* host, void* device, uint64_t bytes) override;
+  void CopyToHost(Stream*, const void* device, void* host, uint64_t bytes) override;
   Result<std::unique_ptr<PreparedWeight>> PrepareWeight(std::span<const HostMatrix> parts,
                                                         std::vector<float> bias,
                                                         DType dtype) override;

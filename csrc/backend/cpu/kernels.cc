@@ -31,12 +31,19 @@ const CpuKernels& SelectKernels(const char* limit) {
   }
   return x86_64_v2::kKernels;
 }
+
+bool HasKernels(const std::string& name) {
+  return name == x86_64_v2::kKernels.name || name == x86_64_v3::kKernels.name ||
+         name == x86_64_v4::kKernels.name;
+}
 #else
 namespace generic {
 extern const CpuKernels kKernels;
 }
 
 const CpuKernels& SelectKernels(const char*) { return generic::kKernels; }
+
+bool HasKernels(const std::string& name) { return name == generic::kKernels.name; }
 #endif
 
 }  // namespace loraserve

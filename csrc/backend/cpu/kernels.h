@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace loraserve {
 
@@ -34,7 +35,7 @@ struct PagedMatrix {
   const std::byte* base = nullptr;  // of the arena
   const uint32_t* pages = nullptr;  // one more readable past the last, for prefetching
   int page_shift = 0;               // log2 of the page's bytes
-  uint64_t offset = 0;  // of the matrix in the run of pages, bytes
+  uint64_t offset = 0;              // of the matrix in the run of pages, bytes
   bool bfloat16 = false;
   int64_t k = 0;
   int64_t columns = 0;  // stored: a multiple of 8
@@ -96,5 +97,7 @@ struct CpuKernels {
 // The best table this machine can run. `limit`, when not null, names the highest to consider:
 // "x86-64-v2", "x86-64-v3", "x86-64-v4" or "generic".
 const CpuKernels& SelectKernels(const char* limit);
+// Whether this build has a table of that name, be it that the machine can run it or not.
+bool HasKernels(const std::string& name);
 
 }  // namespace loraserve

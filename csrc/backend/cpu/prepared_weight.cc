@@ -1,11 +1,13 @@
 #include "backend/cpu/prepared_weight.h"
 
 #include <cstring>
+#include <limits>
 #include <string>
 
 namespace loraserve {
 
 std::unique_ptr<HostBuffer> HostBuffer::Create(uint64_t bytes) {
+  if (bytes > std::numeric_limits<uint64_t>::max() / 2) return nullptr;  // rounding up would wrap
   auto buffer = std::make_unique<HostBuffer>();
   buffer->memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64));
   return buffer->memory_ == nullptr ? nullptr : std::move(buffer);

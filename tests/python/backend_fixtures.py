@@ -1,0 +1,64 @@
+"""The backends that one suite of tests runs on, and what each may be off by."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from loraserve import _testing
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
+
+BACKENDS = [*(("cpu", isa) for isa in _testing.kernel_names()), ("cuda", "")]
+BATCH_INVARIANT = ("cpu",)
+"""Backends whose rows are bitwise the same whatever they are computed with."""
+
+# Of one element of the result, by device and operation: (relative to it, absolute). The inputs are
+# of order 1. The CPU computes in float32; CUDA keeps activations, and so each result, in bfloat16.
+TOLERANCE = {
+    ("cpu", "gemm"): (0.0, 2e-6),  # times the root of the length of the sum
+    ("cpu", "rms_norm"): (2e-6, 1e-6),
+    ("cpu", "attention"): (0.0, 2e-5),
+    ("cpu", "silu_mul"): (2e-6, 1e-6),
+    ("cpu", "lora"): (2e-5, 5e-4),
+    ("cpu", "logprob"): (0.0, 5e-6),
+    ("cuda", "gemm"): (8e-3, 4e-3),
+    ("cuda", "rms_norm"): (8e-3, 4e-3),
+    ("cuda", "attention"): (8e-3, 1e-2),
+    ("cuda", "silu_mul"): (8e-3, 4e-3),
+    ("cuda", "lora"): (8e-3, 2e-2),
+    ("cuda", "logprob"): (0.0, 2e-2),
+}
+
+
+def open_backend(device: str, isa: str = "", **options: Any) -> _testing.BackendOps:
+    """Skips the test, with the reason, where this build or machine lacks the device."""
+    try:
+        return _testing.BackendOps(device, isa, **options)
+    except _testing.StatusError as error:
+        pytest.skip(error.args[1])
+
+
+def close(
+    device: str, operation: str, found: FloatArray, expected: Array, scale: float = 1
+) -> None:
+    """Asserts that every element is within the tolerance; `scale` multiplies the absolute one."""
+    relative, absolute = TOLERANCE[device, operation]
+    np.testing.assert_allclose(found, expected, rtol=relative, atol=absolute * scale)
+
+
+def random(rng: np.random.Generator, *shape: int) -> FloatArray:
+    """Normal values that bfloat16 holds exactly: every backend is given the same numbers."""
+    return from_bits(to_bits(rng.standard_normal(shape, dtype=np.float32)))
+
+
+def to_bits(x: FloatArray) -> npt.NDArray[np.uint16]:
+    """The nearest bfloat16 of each value, as its bits."""
+    bits = x.view(np.uint32)
+    return np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, np.uint16)
+
+
+def from_bits(bits: npt.NDArray[np.uint16]) -> FloatArray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
