@@ -2,11 +2,28 @@
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from loraserve.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError
-from loraserve.placement.types import AdapterId, AdapterSpec
+from loraserve.placement.types import AdapterId, AdapterSpec, in_order
 
 # Revisions of a name that can be served or returned to.
 MAX_HISTORY = 8
+
+
+class Rows:
+    """Current revisions in the order of their adapters, as placement wants them: adapters by row,
+    and the columns that only change with the catalog."""
+
+    def __init__(self, specs: list[AdapterSpec]) -> None:
+        self.specs = specs
+        self.row = {spec.adapter: i for i, spec in enumerate(specs)}
+        self.adapters = [spec.adapter for spec in specs]
+        self.size_bytes = np.array([s.size_bytes for s in specs], np.int64)
+        self.rank = np.array([s.max_rank for s in specs], np.int64)
+        self.bases = sorted({a.base for a in self.adapters})
+        number = {base: i for i, base in enumerate(self.bases)}
+        self.base = np.array([number[a.base] for a in self.adapters], np.int64)
 
 
 class Catalog:
@@ -14,6 +31,7 @@ class Catalog:
 
     def __init__(self, histories: Iterable[tuple[AdapterSpec, ...]]) -> None:
         self._histories: dict[AdapterId, tuple[AdapterSpec, ...]] = {}
+        self._rows: Rows | None = None
         for history in histories:
             if history[0].adapter in self._histories:
                 raise AlreadyExistsError("adapter", f"{history[0].adapter} is there twice")
@@ -39,9 +57,11 @@ class Catalog:
     def revision(self, adapter: AdapterId, revision: str) -> AdapterSpec | None:
         return next((s for s in self.history(adapter) if s.revision == revision), None)
 
-    def specs(self) -> list[AdapterSpec]:
-        """What every name points to."""
-        return [history[0] for history in self._histories.values()]
+    def rows(self) -> "Rows":
+        """What every name points to; the same object until that changes."""
+        if self._rows is None:
+            self._rows = Rows([self._histories[a][0] for a in in_order(self._histories)])
+        return self._rows
 
     def add(self, spec: AdapterSpec) -> None:
         """Raises AlreadyExistsError, InvalidArgumentError."""
@@ -49,6 +69,7 @@ class Catalog:
             raise AlreadyExistsError("adapter", f"{spec.adapter} exists")
         _check(spec)
         self._histories[spec.adapter] = (spec,)
+        self._rows = None
 
     def update(self, spec: AdapterSpec) -> None:
         """Raises NotFoundError, InvalidArgumentError."""
@@ -57,11 +78,13 @@ class Catalog:
         _check(spec)
         earlier = [s for s in self._histories[spec.adapter] if s.revision != spec.revision]
         self._histories[spec.adapter] = (spec, *earlier)[:MAX_HISTORY]
+        self._rows = None
 
     def remove(self, adapter: AdapterId) -> None:
         """Raises NotFoundError."""
         if self._histories.pop(adapter, None) is None:
             raise NotFoundError("adapter", f"{adapter} does not exist")
+        self._rows = None
 
 
 def _check(spec: AdapterSpec) -> None:

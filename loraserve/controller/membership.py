@@ -51,6 +51,8 @@ class Node:
     # Loads that find no room here, and since when.
     cramped: dict[CopyKey, int] = field(default_factory=dict)
     used_bytes: int = 0
+    # Of all `loads`.
+    loading_bytes: int = 0
     # Keys of `copies` by adapter.
     revisions: dict[AdapterId, set[CopyKey]] = field(default_factory=dict)
 
@@ -68,14 +70,27 @@ class Node:
     def has_room(self, spec: AdapterSpec) -> bool:
         """Whether the copy fits beside what is here and on its way. Another revision of the same
         adapter does not count: it goes when this one serves, and the node allows it."""
-        taken = self.used_bytes + sum(
-            sent.spec.size_bytes for key, sent in self.loads.items() if key not in self.copies
-        )
+        taken = self.used_bytes + self.loading_bytes
         taken -= sum(_room(copy) for _, copy in self.copies_of(spec.adapter))
         return taken + spec.size_bytes <= self.record.adapter_memory_bytes
 
     def copies_of(self, adapter: AdapterId) -> list[tuple[CopyKey, Copy]]:
         return [(key, self.copies[key]) for key in self.revisions.get(adapter, ())]
+
+    def expect(self, key: CopyKey, sent: SentLoad) -> None:
+        """The load was asked for."""
+        self.forget_load(key)
+        self.loads[key] = sent
+        self.loading_bytes += sent.spec.size_bytes
+
+    def forget_load(self, key: CopyKey) -> None:
+        """It shows, has failed, or went with the stream that carried it."""
+        sent = self.loads.pop(key, None)
+        if sent is not None:
+            self.loading_bytes -= sent.spec.size_bytes
+
+    def forget_loads(self) -> None:
+        self.loads, self.loading_bytes = {}, 0
 
     def put(self, key: CopyKey, copy: Copy | None) -> None:
         """The copy is as reported; None: it is gone."""
@@ -136,7 +151,8 @@ class Membership:
             self._alive(known, tick)
             # Commands went with the stream that carried them, or were applied before this; the
             # next heartbeat says everything.
-            known.loads, known.drops, known.generation = {}, {}, -1
+            known.forget_loads()
+            known.drops, known.generation = {}, -1
             return None
         if known is not None:
             self._remove(known)
@@ -183,7 +199,7 @@ class Membership:
     def _settle(node: Node, beat: Heartbeat, tick: int, heard: Heard) -> None:
         """The node's word replaces what was only asked of it."""
         for key in [k for k in node.loads if k in node.copies and node.copies[k].state.present]:
-            del node.loads[key]
+            node.forget_load(key)
         for key, sent in list(node.drops.items()):
             late = tick - sent.tick >= DROP_MEMORY_TICKS
             if key not in node.copies or sent.command_id <= beat.applied_command or late:
@@ -213,7 +229,7 @@ class Membership:
         if node is None or node.record.incarnation != incarnation or node.unlinked_tick is not None:
             return None
         node.unlinked_tick = tick
-        node.loads = {}  # they went with the stream
+        node.forget_loads()
         return node
 
     def expire(self, tick: int, silent_ticks: int, unlinked_ticks: int) -> list[Node]:

@@ -123,7 +123,7 @@ class Moves:
         node.cramped.pop(key, None)
         self.spent_bytes += 0 if again else spec.size_bytes
         command = self._command()
-        node.loads[key] = SentLoad(command, tick, spec)
+        node.expect(key, SentLoad(command, tick, spec))
         self._timers.at(tick + self._settings.patience_ticks, spec.adapter)
         return SendLoad(node.record.node_id, command, spec)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loraserve.controller.catalog import Catalog
+from loraserve.controller.catalog import Catalog, Rows
 from loraserve.controller.home import Site, first_home, stays
 from loraserve.controller.problem import ProblemLimits, changed_targets, columns_of_cluster
 from loraserve.controller.settings import Settings
@@ -30,7 +30,6 @@ from loraserve.placement.types import (
     NodeCapacity,
     PlacementPolicy,
     PlacementProblem,
-    in_order,
 )
 
 NEVER = -(1 << 60)
@@ -75,7 +74,7 @@ class Planner:
         self._moved: dict[AdapterId, int] = {}
         self._demand = DemandTracker()
         self._demand.close_window(0.0)
-        for spec in catalog.specs():
+        for spec in catalog.rows().specs:
             self._demand.admit(spec.adapter, spec.max_rank)
         self._planned: dict[AdapterId, Demand] = {}
         self._recent: dict[AdapterId, tuple[float, float]] = {}
@@ -198,26 +197,27 @@ class Planner:
         """Where placement fails, all stays as it was."""
         self._not_before, self._placed_tick = None, tick
         self.placements += 1
-        specs = [self._catalog.history(a)[0] for a in in_order(self._catalog)]
+        rows = self._catalog.rows()
         demand = self._demand.demand()
-        current = {s.adapter: self.targets[s.adapter] for s in specs}
-        current |= {a: t for a, t in cluster.held.items() if a in current}
+        current = self.targets.all
+        if cluster.held:
+            current = {**current, **cluster.held}
         limits = ProblemLimits(
             cluster.forbidden, self._settings.replicas, cluster.byte_budget, self._load
         )
         try:
-            p = columns_of_cluster(specs, cluster.nodes, demand, current, limits)
-            plan = self._plan(p, cluster, specs, demand, current)
+            p = columns_of_cluster(rows, cluster.nodes, demand, current, limits)
+            plan = self._plan(p, cluster, rows, demand, current)
         except LoraServeError as error:
             self.failed_placements += 1
             return Placing(trouble=f"placement failed, all stays where it is: {error}")
         self._planned = demand
-        reasons = {specs[row].adapter: why for row, why in plan.reasons.items()}
+        reasons = {rows.adapters[row]: why for row, why in plan.reasons.items()}
         explained = {
             a for a in self.unplaced.keys() | reasons if self.unplaced.get(a) != reasons.get(a)
         }
         self.unplaced = reasons
-        moved = self._adopt(p, plan, specs, tick)
+        moved = self._adopt(p, plan, rows, tick)
         self._note(p, plan)
         return Placing(moved, explained)
 
@@ -225,17 +225,16 @@ class Planner:
         self,
         p: Columns,
         cluster: Cluster,
-        specs: list[AdapterSpec],
+        rows: Rows,
         demand: Mapping[AdapterId, Demand],
         current: Mapping[AdapterId, Target],
     ) -> Plan:
         if isinstance(self._policy, ObjectPolicy):
             return self._policy.on_columns(p)
         by_id = {n: i for i, n in enumerate(p.node_ids)}
-        row = {s.adapter: i for i, s in enumerate(specs)}
         placement = self._policy(
             PlacementProblem(
-                tuple(specs),
+                tuple(rows.specs),
                 cluster.nodes,
                 demand,
                 {a: t.nodes for a, t in current.items()},
@@ -247,18 +246,18 @@ class Planner:
             )
         )
         entries = [
-            (row[a], by_id[n], s)
+            (rows.row[a], by_id[n], s)
             for a, held in placement.holders.items()
             for n, s in target(held, placement.shares.get(a, ())).parts
         ]
-        reasons = {row[a]: why for a, why in placement.unplaced.items()}
+        reasons = {rows.row[a]: why for a, why in placement.unplaced.items()}
         return Plan(Entries.of(*(zip(*entries, strict=True) if entries else ([], [], []))), reasons)
 
-    def _adopt(self, p: Columns, plan: Plan, specs: list[AdapterSpec], tick: int) -> set[AdapterId]:
+    def _adopt(self, p: Columns, plan: Plan, rows: Rows, tick: int) -> set[AdapterId]:
         changed = set()
         alive = set(p.node_ids)
         interval = self._settings.placement_interval_ticks
-        for spec, wanted in changed_targets(p, plan, specs, self.targets):
+        for spec, wanted in changed_targets(p, plan, rows, self.targets):
             before = self.targets[spec.adapter]
             leaves = [n for n in before.nodes if n not in wanted.nodes]
             moved = self._moved.get(spec.adapter, NEVER)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loraserve.controller.catalog import Rows
 from loraserve.controller.targets import Target, Targets, target
 from loraserve.placement.columns import Columns, Entries, Plan
 from loraserve.placement.convert import check_columns, domains_of
@@ -24,18 +25,18 @@ class ProblemLimits:
 
 
 def columns_of_cluster(
-    specs: Sequence[AdapterSpec],
+    rows: Rows,
     nodes: Sequence[NodeCapacity],
     demand: Mapping[AdapterId, Demand],
     current: Mapping[AdapterId, Target],
     limits: ProblemLimits,
 ) -> Columns:
-    """Rows in the order of `specs` and `nodes`. Raises InvalidArgumentError as check_columns."""
-    row = {spec.adapter: i for i, spec in enumerate(specs)}
+    """In the order of `rows` and `nodes`. Raises InvalidArgumentError as check_columns."""
+    row = rows.row
     place = {node.node_id: i for i, node in enumerate(nodes)}
-    bases = sorted({s.adapter.base for s in specs} | {n.base for n in nodes})
+    bases = [*rows.bases, *sorted({n.base for n in nodes} - set(rows.bases))]
     base_row = {base: i for i, base in enumerate(bases)}
-    rates = np.zeros((2, len(specs)))
+    rates = np.zeros((2, len(row)))
     for adapter, rate in demand.items():
         if adapter in row:
             rates[:, row[adapter]] = rate.prefill, rate.decode
@@ -47,17 +48,17 @@ def columns_of_cluster(
     ]
     bad = [row[a] * len(nodes) + place[n] for a, n in limits.forbidden if a in row and n in place]
     made = Columns(
-        size_bytes=np.array([s.size_bytes for s in specs], np.int64),
-        rank=np.array([s.max_rank for s in specs], np.int64),
+        size_bytes=rows.size_bytes,
+        rank=rows.rank,
         prefill=rates[0],
         decode=rates[1],
         memory=np.array([n.adapter_memory_bytes for n in nodes], np.int64),
         max_rank=np.array([n.max_rank for n in nodes], np.int64),
         domain=domains_of(nodes),
         speed=np.array([n.speed for n in nodes], np.float64),
-        adapter_ids=[s.adapter for s in specs],
+        adapter_ids=rows.adapters,
         node_ids=[n.node_id for n in nodes],
-        adapter_base=np.array([base_row[s.adapter.base] for s in specs], np.int64),
+        adapter_base=rows.base,
         node_base=np.array([base_row[n.base] for n in nodes], np.int64),
         bases=bases,
         current=Entries.of(*(zip(*held, strict=True) if held else ([], [], []))),
@@ -71,15 +72,14 @@ def columns_of_cluster(
 
 
 def changed_targets(
-    p: Columns, plan: Plan, specs: Sequence[AdapterSpec], targets: Targets
+    p: Columns, plan: Plan, rows: Rows, targets: Targets
 ) -> Iterator[tuple[AdapterSpec, Target]]:
     """Adapters that the plan wants elsewhere, or with other shares, than `p.current` has them."""
     different = _digests(p, plan.entries) != _digests(p, p.current)
     # What is wanted on a node that has gone is not in `p.current`.
     gone = targets.nodes() - set(p.node_ids)
     if gone:
-        row_of = {spec.adapter: i for i, spec in enumerate(specs)}
-        different[[row_of[a] for node in gone for a in targets.on_node(node)]] = True
+        different[[rows.row[a] for node in gone for a in targets.on_node(node)]] = True
     entries = plan.entries.where(different[plan.entries.adapter])
     found: dict[int, list[tuple[str, float]]] = {r: [] for r in np.flatnonzero(different).tolist()}
     for row, node, share in zip(
@@ -87,7 +87,7 @@ def changed_targets(
     ):
         found[row].append((p.node_ids[node], share))
     for row, held in found.items():
-        yield specs[row], target(tuple(n for n, _ in held), tuple(s for _, s in held))
+        yield rows.specs[row], target(tuple(n for n, _ in held), tuple(s for _, s in held))
 
 
 def _digests(p: Columns, entries: Entries) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:

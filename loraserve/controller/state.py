@@ -265,7 +265,7 @@ class ControllerState:
                 self._fail(node, by_id[command_id], why)
 
     def _fail(self, node: Node, key: CopyKey, why: str) -> None:
-        node.loads.pop(key, None)
+        node.forget_load(key)
         self._dirty.add(key[0])
         if key[0] in self._catalog and self._failures.record(
             node.record.node_id, key, why, self._tick
@@ -321,10 +321,9 @@ class ControllerState:
     def _place(self) -> list[Effect]:
         before = dict(self.wanted)
         held = {}
-        for adapter in self._catalog:
-            if not self._targets[adapter].nodes:
-                copies = self.copies(adapter)
-                if copies:
+        if len(self._targets.all) < len(self._catalog):
+            for adapter in self._catalog:
+                if adapter not in self._targets.all and (copies := self.copies(adapter)):
                     held[adapter] = target(tuple(n for n, _ in copies))
         cluster = Cluster(
             self._usable(), held, self._failures.forbidden(), self._moves.budget_left()

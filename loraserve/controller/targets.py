@@ -1,6 +1,6 @@
 """Where placement wants the adapters to be: by adapter, by node, and the bytes that it promised."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from loraserve.controller.routes import WHOLE_WEIGHT
@@ -47,8 +47,9 @@ class Targets:
     def __getitem__(self, adapter: AdapterId) -> Target:
         return self._targets.get(adapter, NOWHERE)
 
-    def __iter__(self) -> Iterator[AdapterId]:
-        return iter(self._targets)
+    @property
+    def all(self) -> Mapping[AdapterId, Target]:
+        return self._targets
 
     def on_node(self, node_id: str) -> Set[AdapterId]:
         return self._on_node.get(node_id, frozenset())
