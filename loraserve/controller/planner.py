@@ -1,9 +1,9 @@
 """What should be where: demand, the placement policy, and how many nodes would be right.
 
 A whole placement costs O(adapters) and happens once an interval, when nodes come or go, and on a
-burst; at most once a tick. One new adapter is given a home beside what stands. Hysteresis: beside
-that of the policy, an adapter that was moved stays where it is for an interval, though it may get
-more copies.
+burst; at most once a tick. One new adapter is given a home beside what stands. Hysteresis, beside
+that of the policy: a plan that lowers the predicted peak by too little moves nothing that may stay,
+and an adapter that was moved stays where it is for an interval, though it may get more copies.
 """
 
 from collections.abc import Mapping, Set
@@ -19,7 +19,7 @@ from loraserve.controller.targets import NOWHERE, Target, Targets, target
 from loraserve.errors import LoraServeError
 from loraserve.placement.autoscale import WantedNodes, wanted_nodes
 from loraserve.placement.bases import part_of
-from loraserve.placement.columns import Columns, Entries, Plan, node_ranks, utilisation
+from loraserve.placement.columns import Columns, Entries, Plan, node_ranks, peak, utilisation
 from loraserve.placement.demand import DemandTracker, bursts
 from loraserve.placement.load import LoadModel
 from loraserve.placement.policies import ObjectPolicy
@@ -255,19 +255,35 @@ class Planner:
 
     def _adopt(self, p: Columns, plan: Plan, rows: Rows, tick: int) -> set[AdapterId]:
         changed = set()
-        alive = set(p.node_ids)
         interval = self._settings.placement_interval_ticks
+        worth_it = peak(p, p.current) - peak(p, plan.entries) >= self._settings.least_gain
+        place = {n: i for i, n in enumerate(p.node_ids)}
         for spec, wanted in changed_targets(p, plan, rows, self.targets):
-            before = self.targets[spec.adapter]
-            leaves = [n for n in before.nodes if n not in wanted.nodes]
-            moved = self._moved.get(spec.adapter, NEVER)
-            if leaves and alive.issuperset(before.nodes) and tick - moved < interval:
-                continue
-            if set(before.nodes) & alive and not set(wanted.nodes) <= set(before.nodes):
-                self._moved[spec.adapter] = tick
-            if self.targets.put(spec.adapter, wanted, spec.size_bytes):
-                changed.add(spec.adapter)
+            adapter, before = spec.adapter, self.targets[spec.adapter]
+            if self._may_stay(p, place, rows.row[adapter], before, wanted):
+                lately = tick - self._moved.get(adapter, NEVER) < interval
+                leaves = not set(before.nodes) <= set(wanted.nodes)
+                shrinks = set(wanted.nodes) < set(before.nodes)
+                if (leaves and lately) or not (worth_it or shrinks):
+                    continue
+            if before.nodes and not set(wanted.nodes) <= set(before.nodes):
+                self._moved[adapter] = tick
+            if self.targets.put(adapter, wanted, spec.size_bytes):
+                changed.add(adapter)
         return changed
+
+    @staticmethod
+    def _may_stay(
+        p: Columns, place: Mapping[str, int], row: int, before: Target, wanted: Target
+    ) -> bool:
+        """Whether the adapter's copies are within the limits where they are, and as many as the
+        plan needs against failures."""
+        if not before.nodes or not set(before.nodes) <= place.keys():
+            return False
+        at = np.array([place[n] for n in before.nodes], np.int64)
+        if not p.able(np.full(len(at), row), at).all():
+            return False
+        return len(before.nodes) >= min(len(wanted.nodes), p.replicas)
 
     def _note(self, p: Columns, plan: Plan) -> None:
         busy = utilisation(p, plan.entries).tolist() if p.nodes else []

@@ -38,11 +38,9 @@ class Reports:
             spec = self._catalog.revision(*key)
             if spec is not None:
                 size = spec.size_bytes
-            else:
-                self.count("unknown copy")
-                if not 0 <= size <= MAX_BYTES:
-                    self.count("size out of range")
-                    size = 0
+            elif not 0 <= size <= MAX_BYTES:
+                self.count("size out of range")
+                size = 0
             found[key] = copy if size == copy.size_bytes else replace(copy, size_bytes=size)
         return found
 

@@ -91,6 +91,10 @@ class Runtime:
         epoch = store.begin_epoch()
         histories = [record.history for record in store.adapters()]
         placed = store.placement()
+        known = {history[0].adapter for history in histories}
+        gone = [adapter for adapter in placed if adapter not in known]
+        if gone:  # removed when the controller was killed
+            store.save_placement({}, gone)
         state = ControllerState(
             settings,
             policy,

@@ -25,6 +25,8 @@ class Settings:
     # Bytes that may be loaded in a placement interval for adapters that are served already; what
     # nothing serves never waits. None is no limit.
     move_bytes: int | None = None
+    # Of a node: a placement that lowers the predicted peak by less moves nothing that may stay.
+    least_gain: float = 0.05
     # Demand is compared with what was planned for this often; a burst places at once.
     burst_check_ticks: int = 5
     burst_gap_ticks: int = 10
