@@ -172,9 +172,10 @@ class AskResidency:
 
 @dataclass(frozen=True)
 class TellOperator:
-    """For the log: the wanted number of nodes has changed, or placement has failed."""
+    """For the log: the wanted number of nodes has changed, or (`trouble`) placement has failed."""
 
     message: str
+    trouble: bool = False
 
 
 Effect = (

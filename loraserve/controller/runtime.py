@@ -131,8 +131,8 @@ class Runtime:
                         _log.info("node %s must register", node_id)
                     case AskResidency(node_id):
                         _log.info("node %s is to say again what it holds", node_id)
-                    case TellOperator(message):
-                        _log.warning("%s", message)
+                    case TellOperator(message, trouble):
+                        _log.log(logging.WARNING if trouble else logging.INFO, "%s", message)
             if isinstance(event, NodeRegistered):
                 n = event.node
                 _log.info("node %s registered at %s, base %s", n.node_id, n.address, n.base)

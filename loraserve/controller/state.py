@@ -331,7 +331,7 @@ class ControllerState:
         placing = self._planner.place(cluster, self._tick)
         self._dirty |= placing.moved | placing.explained
         self._unsaved |= placing.moved
-        told: list[Effect] = [TellOperator(placing.trouble)] if placing.trouble else []
+        told: list[Effect] = [TellOperator(placing.trouble, True)] if placing.trouble else []
         for base, wanted in self.wanted.items():
             if base not in before or before[base].nodes != wanted.nodes:
                 told.append(TellOperator(f"base {base!r}: {wanted.reason}"))
