@@ -8,7 +8,10 @@ STRESS_REQUESTS ?= 1500
 CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cc' 'tests/cpp/*.cc' 'bench/cpp/*.cc')
 PY_DIRS := loraserve tests tools bench
 
-.PHONY: help setup demo test test-all stress check stubs tidy bench fmt clean
+FUZZ ?= 15
+FUZZ_TESTS = $(shell grep -lE '^from fuzz_budget' tests/python/*.py)
+
+.PHONY: help setup demo test test-all stress fuzz soak check stubs tidy bench fmt clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
 
@@ -24,7 +27,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 
 # What only tests and checks want: PyTorch, transformers, PEFT, linters.
 $(VENV)/.test: $(VENV)/.runtime
-	$(PIP) $$($(PY) tools/requirements.py test check)
+	$(PIP) $$($(PY) tools/requirements.py test check sim)
 	touch $@
 
 # Rebuilds what changed in csrc/ and proto/; quick when nothing did.
@@ -44,8 +47,13 @@ stress: $(VENV)/.runtime ## the engine under address, undefined-behaviour and th
 	$(BIN) cmake --preset tsan >/dev/null && $(BIN) cmake --build --preset tsan
 	timeout 600 $$(setarch -R true 2>/dev/null && echo setarch -R) build/tsan/stress_engine $(STRESS_REQUESTS)
 
-test-all: test stress ## everything the project tests
-	LORASERVE_LONG=1 $(PY) -m pytest tests -m long
+fuzz: $(VENV)/.test setup ## the readers and state machines against far more hostile input
+	LORASERVE_FUZZ=$(FUZZ) $(PY) -m pytest $(FUZZ_TESTS)
+
+soak: $(VENV)/.test setup ## a cluster under churn and kills, a thousand loads
+	$(PY) -m pytest tests -m long
+
+test-all: test stress fuzz soak ## everything the project tests
 
 check: $(VENV)/.test setup ## format, lint, types, stubs, layers
 	$(VENV)/bin/ruff format --check $(PY_DIRS)
@@ -64,7 +72,7 @@ stubs: setup ## rewrite the type stubs of the extension
 	$(PY) tools/check_stubs.py --write
 
 bench: $(VENV)/.test setup ## measure against transformers and PEFT; JSON under bench/results
-	$(PY) bench/engine_vs_transformers.py
+	$(PY) bench/engine_vs_transformers.py --out bench/results/engine_vs_transformers.json
 
 fmt: $(VENV)/.test ## format the sources in place
 	$(VENV)/bin/ruff format $(PY_DIRS)

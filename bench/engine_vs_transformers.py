@@ -122,6 +122,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    before = os.getloadavg()[0]  # of the machine: over 0 means that others ran beside this
     random = torch.Generator().manual_seed(1)
 
     def prompts(rows: int, length: int) -> list[list[int]]:
@@ -169,6 +170,7 @@ def main() -> int:
         "threads": options.threads,
         "repeats": options.repeats,
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": sys.version.split()[0]},
+        "load_average": {"before": before, "after": os.getloadavg()[0]},
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "results": results,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['Engine', 'EngineConfig', 'EngineStats', 'HostMatrix', 'LayerWeights', 'ModelConfig', 'ModelWeights', 'Output', 'Request', 'SamplingParams', 'StatusError', 'StepReport']
+__all__: list[str] = ['Engine', 'EngineConfig', 'EngineStats', 'HostMatrix', 'LayerWeights', 'ModelConfig', 'ModelWeights', 'Output', 'Request', 'SamplingParams', 'StatusError', 'StepRecord', 'StepReport']
 class StatusError(Exception):
     pass
 class EngineConfig:
     device: str
     isa: str
     prefix_cache: bool
+    record_steps: bool
     def __init__(self) -> None:
         ...
     def set_dtypes(self, weight: str, adapter: str | None) -> None:
@@ -312,9 +313,46 @@ class Output:
     @property
     def top_logprobs(self) -> list[list[tuple[int, float]]]:
         ...
+class StepRecord:
+    @property
+    def adapter_bytes(self) -> int:
+        ...
+    @property
+    def adapters(self) -> int:
+        ...
+    @property
+    def chunk_context(self) -> float:
+        ...
+    @property
+    def context_tokens(self) -> int:
+        ...
+    @property
+    def decode_tokens(self) -> int:
+        ...
+    @property
+    def installs(self) -> int:
+        ...
+    @property
+    def max_rank(self) -> int:
+        ...
+    @property
+    def prefill_tokens(self) -> int:
+        ...
+    @property
+    def seconds(self) -> float:
+        ...
+    @property
+    def token_ranks(self) -> int:
+        ...
 class StepReport:
     @property
+    def installs(self) -> list[tuple[int, bool]]:
+        ...
+    @property
     def outputs(self) -> list[Output]:
+        ...
+    @property
+    def records(self) -> list[StepRecord]:
         ...
     @property
     def removed_adapters(self) -> list[int]:

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from loraserve.commands import adapter, demo, generate, key, node
+from loraserve.commands import adapter, bench, demo, generate, key, node, simulate
 from loraserve.errors import LoraServeError
 
 FAILED = 1
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Multi-LoRA inference: commands for a cluster and its adapters.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, generate, adapter, node, key):
+    for command in (demo, generate, adapter, node, key, bench, simulate):
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
     # Errors come as one line; the library's own log would say them twice.

@@ -36,12 +36,19 @@ PYTHON_FLOORS: dict[str, set[str]] = (
     | {name: GROUND for name in MIDDLE}
     | {"engine": GROUND | {"_engine", "text", "checkpoint"}, "text": GROUND | {"checkpoint"}}
     | {name: GROUND | MIDDLE for name in UPPER}
+    # The simulator runs the pure parts only; see SIMULATED.
+    | {"sim": GROUND | {"placement", "client", "controller"}}
     # The top: commands and the demo.
     | {"cli": GROUND | MIDDLE | UPPER | {"commands", "demo"}}
-    | {"commands": GROUND | MIDDLE | UPPER | {"demo"}}
+    | {"commands": GROUND | MIDDLE | UPPER | {"demo", "sim", "profiler"}}
     | {"demo": GROUND | MIDDLE | UPPER, "profiler": GROUND | MIDDLE}
 )
 PYTHON_FLOORS["__init__"] = GROUND | {"engine", "client"}
+# What of the floors below the simulator runs: it speaks no RPC.
+SIMULATED = {
+    "client": {"retry", "routing", "route_table"},
+    "controller": {"state", "events", "routes"},
+}
 # Pure parts: no RPC, no clock, no unseeded randomness, no disk.
 PURE = ["loraserve/placement", "loraserve/controller/state.py", "loraserve/client/routing.py"]
 IMPURE_MODULES = {"grpc", "time", "datetime", "random", "socket", "asyncio", "sqlite3", "os"}
@@ -110,6 +117,18 @@ def test_imports_point_downwards() -> None:
             if name in {"loraserve.__version__", "loraserve.SamplingParams"}:
                 continue
             if parts[1] not in PYTHON_FLOORS[own]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_the_simulator_runs_pure_parts_only() -> None:
+    wrong = []
+    for path in sorted((ROOT / "loraserve/sim").rglob("*.py")):
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "grpc" or (
+                len(parts) > 2 and parts[1] in SIMULATED and parts[2] not in SIMULATED[parts[1]]
+            ):
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong
 

@@ -2,7 +2,8 @@
 
 namespace loraserve {
 
-// Invariant: function_ and context_ are written only while running_ is 0, before generation_ rises.
+// Invariant: function_ and context_ are written only while no share of the former generation is
+// claimed and unfinished. So whoever has claimed a share of a generation may read them.
 
 namespace {
 
@@ -28,7 +29,7 @@ void WaitWhileEquals(const std::atomic<uint32_t>& value, uint32_t old) {
 
 ThreadPool::ThreadPool(int threads) {
   for (int worker = 1; worker < threads; ++worker) {
-    workers_.emplace_back([this, worker] { Loop(worker); });
+    workers_.emplace_back([this] { Loop(); });
   }
 }
 
@@ -40,26 +41,39 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::RunErased(Erased function, void* context) {
+  const auto shares = static_cast<uint32_t>(size());
   function_ = function;
   context_ = context;
-  running_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_release);
+  finished_.store(0, std::memory_order_relaxed);
+  const uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;
+  next_share_.store(uint64_t{generation} << 32, std::memory_order_release);
+  generation_.store(generation, std::memory_order_release);
   generation_.notify_all();
-  function(context, 0);
-  for (uint32_t left = running_.load(std::memory_order_acquire); left != 0;
-       left = running_.load(std::memory_order_acquire)) {
-    WaitWhileEquals(running_, left);
+  RunShares(generation);
+  for (uint32_t done = finished_.load(std::memory_order_acquire); done != shares;
+       done = finished_.load(std::memory_order_acquire)) {
+    WaitWhileEquals(finished_, done);
   }
 }
 
-void ThreadPool::Loop(int worker) {
+void ThreadPool::RunShares(uint32_t generation) {
+  const auto shares = static_cast<uint32_t>(size());
+  uint64_t next = next_share_.load(std::memory_order_acquire);
+  while (next >> 32 == generation && static_cast<uint32_t>(next) < shares) {
+    if (!next_share_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) continue;
+    function_(context_, static_cast<int>(static_cast<uint32_t>(next)));
+    if (finished_.fetch_add(1, std::memory_order_acq_rel) + 1 == shares) finished_.notify_one();
+    next = next_share_.load(std::memory_order_acquire);
+  }
+}
+
+void ThreadPool::Loop() {
   uint32_t seen = 0;
   for (;;) {
     WaitWhileEquals(generation_, seen);
-    ++seen;
+    seen = generation_.load(std::memory_order_acquire);
     if (stop_.load()) return;
-    function_(context_, worker);
-    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    RunShares(seen);
   }
 }
 

@@ -139,7 +139,8 @@ void BindConfig(py::module_& m) {
       .def_readwrite("max_batch_tokens", &EngineConfig::max_batch_tokens)
       .def_readwrite("max_sequences", &EngineConfig::max_sequences)
       .def_readwrite("max_step_adapter_bytes", &EngineConfig::max_step_adapter_bytes)
-      .def_readwrite("prefix_cache", &EngineConfig::prefix_cache);
+      .def_readwrite("prefix_cache", &EngineConfig::prefix_cache)
+      .def_readwrite("record_steps", &EngineConfig::record_steps);
   py::class_<ModelConfig>(m, "ModelConfig")
       .def(py::init<>())
       .def_readwrite("vocab_size", &ModelConfig::vocab_size)
@@ -231,9 +232,22 @@ void BindReport(py::module_& m) {
           [](const Output& output) -> std::string { return CodeName(output.error.code()); })
       .def_property_readonly("error_message",
                              [](const Output& output) { return output.error.message(); });
+  py::class_<StepRecord>(m, "StepRecord")
+      .def_readonly("seconds", &StepRecord::seconds)
+      .def_readonly("prefill_tokens", &StepRecord::prefill_tokens)
+      .def_readonly("decode_tokens", &StepRecord::decode_tokens)
+      .def_readonly("context_tokens", &StepRecord::context_tokens)
+      .def_readonly("chunk_context", &StepRecord::chunk_context)
+      .def_readonly("token_ranks", &StepRecord::token_ranks)
+      .def_readonly("adapters", &StepRecord::adapters)
+      .def_readonly("adapter_bytes", &StepRecord::adapter_bytes)
+      .def_readonly("max_rank", &StepRecord::max_rank)
+      .def_readonly("installs", &StepRecord::installs);
   py::class_<StepReport>(m, "StepReport")
       .def_readonly("outputs", &StepReport::outputs)
-      .def_readonly("removed_adapters", &StepReport::removed_adapters);
+      .def_readonly("removed_adapters", &StepReport::removed_adapters)
+      .def_readonly("installs", &StepReport::installs)
+      .def_readonly("records", &StepReport::records);
   py::class_<EngineStats>(m, "EngineStats")
       .def_readonly("steps", &EngineStats::steps)
       .def_readonly("prompt_tokens", &EngineStats::prompt_tokens)

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
+#include <unordered_set>
 
 #include "base/check.h"
 #include "base/clock.h"
@@ -165,7 +167,11 @@ Status Engine::AddAdapter(AdapterId id, AdapterSource source) {
   if (!status.ok()) return status;
   const uint32_t pages = backend_->AdapterPages(source);
   status = scheduler_->AddAdapter(id, pages, uint64_t{pages} * stats_.page_bytes);
-  if (status.ok()) runner_->AddAdapter(id, std::move(source));
+  if (!status.ok()) return status;
+  for (const AdapterModuleSource& module : source.modules) {
+    ranks_[id] = std::max(ranks_[id], static_cast<int32_t>(module.rank));
+  }
+  runner_->AddAdapter(id, std::move(source));
   return status;
 }
 
@@ -213,7 +219,44 @@ void Engine::Publish(const StepBatch& batch, std::vector<SampleResult> results) 
   }
 }
 
+void StepReport::Append(StepReport later) {
+  const auto append = [](auto& to, auto& from) {
+    to.insert(to.end(), std::make_move_iterator(from.begin()), std::make_move_iterator(from.end()));
+  };
+  append(outputs, later.outputs);
+  append(removed_adapters, later.removed_adapters);
+  append(installs, later.installs);
+  append(records, later.records);
+}
+
+StepRecord Engine::Describe(const StepBatch& batch) const {
+  StepRecord record;
+  std::unordered_set<AdapterId> adapters;
+  for (const StepItem& item : batch.items) {
+    if (item.count == 1 && item.samples) {
+      ++record.decode_tokens;
+      record.context_tokens += item.begin + 1;
+    } else {
+      record.prefill_tokens += item.count;
+      record.chunk_context += item.count * (item.begin + item.count / 2.0);
+    }
+    const AdapterId adapter = item.sequence->request.adapter;
+    if (adapter == 0) continue;
+    record.token_ranks += int64_t{item.count} * ranks_.at(adapter);
+    adapters.insert(adapter);
+  }
+  record.adapters = static_cast<int32_t>(adapters.size());
+  for (const AdapterId adapter : adapters) {
+    record.max_rank = std::max(record.max_rank, ranks_.at(adapter));
+    record.adapter_bytes += static_cast<int64_t>(scheduler_->adapters().entry(adapter).bytes);
+  }
+  record.installs = static_cast<int32_t>(std::count_if(batch.changes.begin(), batch.changes.end(),
+                                                       [](const auto& c) { return c.install; }));
+  return record;
+}
+
 StepReport Engine::Step(double now) {
+  StepReport report;
   for (const RequestId id : scheduler_->Expired(now)) {
     Finish(id, FinishReason::kError, Status(StatusCode::kDeadlineExceeded, "deadline: has passed"),
            nullptr);
@@ -226,6 +269,10 @@ StepReport Engine::Step(double now) {
         sequence.queue_seconds = std::max(0.0, now - sequence.request.submitted);
       }
     }
+    for (const AdapterChange& change : batch.changes) {
+      report.installs.emplace_back(change.adapter, change.install);
+    }
+    if (config_.record_steps) report.records.push_back(Describe(batch));
     std::vector<SampleResult> results = runner_->Run(batch);
     scheduler_->Computed(batch);
     Publish(batch, std::move(results));
@@ -235,12 +282,14 @@ StepReport Engine::Step(double now) {
         stats_.prompt_tokens += static_cast<uint64_t>(item.count);
       }
     }
-    stats_.step_seconds += MonotonicSeconds() - now;
+    const double seconds = MonotonicSeconds() - now;
+    stats_.step_seconds += seconds;
+    if (config_.record_steps) report.records.back().seconds = seconds;
   }
-  StepReport report;
   report.outputs = std::exchange(pending_, {});
   for (const Scheduler::RemovedAdapter& removed : scheduler_->TakeRemoved()) {
     runner_->RemoveAdapter(removed.id);
+    ranks_.erase(removed.id);
     report.removed_adapters.push_back(removed.id);
   }
   return report;

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <memory>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "backend/registry.h"
@@ -12,6 +14,7 @@
 #include "engine/request.h"
 #include "engine/scheduler.h"
 #include "engine/stats.h"
+#include "engine/step_record.h"
 #include "model/model_config.h"
 #include "model/weights.h"
 
@@ -27,13 +30,22 @@ struct EngineConfig {
   int32_t max_sequences = 64;
   uint64_t max_step_adapter_bytes = 0;
   bool prefix_cache = true;
+  bool record_steps = false;  // StepRecords in the reports, for profiling
 };
 
 // What one step brought.
 struct StepReport {
   std::vector<Output> outputs;
   std::vector<AdapterId> removed_adapters;  // their bytes are not read any more
-  bool empty() const { return outputs.empty() && removed_adapters.empty(); }
+  // Adapters written into pages (true) and out of them (false), in this order. A removed adapter is
+  // out without a word.
+  std::vector<std::pair<AdapterId, bool>> installs;
+  std::vector<StepRecord> records;  // with EngineConfig::record_steps
+  bool empty() const {
+    return outputs.empty() && removed_adapters.empty() && installs.empty() && records.empty();
+  }
+  // Takes over what came later.
+  void Append(StepReport later);
 };
 
 class Engine {
@@ -70,6 +82,7 @@ class Engine {
   void Finish(RequestId id, FinishReason reason, Status error, Output* last);
   void Publish(const StepBatch& batch, std::vector<SampleResult> results);
   int32_t MaxTokens(const Request& request) const;
+  StepRecord Describe(const StepBatch& batch) const;
 
   EngineConfig config_;
   ModelConfig model_;
@@ -77,7 +90,8 @@ class Engine {
   std::unique_ptr<LlamaModel> llama_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<ModelRunner> runner_;
-  std::vector<Output> pending_;  // for the next report
+  std::vector<Output> pending_;                   // for the next report
+  std::unordered_map<AdapterId, int32_t> ranks_;  // of the adapters, the largest of their modules
   EngineStats stats_;
 };
 

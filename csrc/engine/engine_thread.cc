@@ -118,10 +118,7 @@ void EngineThread::Loop() {
       for (const Output& output : step.outputs) {
         if (output.finish_reason != FinishReason::kNone) live_.erase(output.id);
       }
-      report_.outputs.insert(report_.outputs.end(), std::make_move_iterator(step.outputs.begin()),
-                             std::make_move_iterator(step.outputs.end()));
-      report_.removed_adapters.insert(report_.removed_adapters.end(), step.removed_adapters.begin(),
-                                      step.removed_adapters.end());
+      report_.Append(std::move(step));
     }
     if (report) reported_.notify_one();
   }

@@ -16,6 +16,7 @@ from loraserve.client.routing import Router, RouteRequest
 from loraserve.client.types import Chunk
 from loraserve.errors import (
     DeadlineExceededError,
+    InvalidArgumentError,
     LoraServeError,
     NotFoundError,
     ResourceExhaustedError,
@@ -27,6 +28,7 @@ from loraserve.v1 import inference_pb2_grpc
 # another node to load it.
 HOLDER_WAIT_S = 2.0
 FIRST_TABLE_WAIT_S = 3.0
+LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
 # What the deadline leaves to the node's own error before the RPC's ends the call.
 DEADLINE_GRACE_S = 0.25
 
@@ -42,10 +44,20 @@ class Site:
     budget: RetryBudget
 
 
+def _check_timeout(timeout_s: float | None) -> None:
+    """Raises InvalidArgumentError. Zero and less have passed already, which is no mistake."""
+    if timeout_s is not None and not timeout_s <= LONGEST_TIMEOUT_S:
+        raise InvalidArgumentError(
+            "timeout_s", f"{timeout_s} is not a number of seconds up to {LONGEST_TIMEOUT_S:g}"
+        )
+
+
 class RequestRun:
     def __init__(
         self, site: Site, log: AnswerLog, route: RouteRequest, timeout_s: float | None
     ) -> None:
+        """Raises InvalidArgumentError (`timeout_s`)."""
+        _check_timeout(timeout_s)
         self._site = site
         self._log = log
         self._route = route
@@ -54,6 +66,7 @@ class RequestRun:
         self._end = None if timeout_s is None else self._loop.time() + timeout_s
         self._retry = RetryState(site.policy, site.budget)
         self._avoid: set[str] = set()
+        self._trusts_table = True
 
     @property
     def attempts(self) -> int:
@@ -150,7 +163,7 @@ class RequestRun:
 
     async def _attempt(self, node: NodeRoute) -> AsyncGenerator[Chunk, None]:
         left = self._left()
-        request = self._log.request(self._retry.attempt, left)
+        request = self._log.request(self._retry.attempt, left, self._routed_revision())
         router, channels = self._site.router, self._site.channels
         stub = inference_pb2_grpc.InferenceServiceStub(channels.get(node.address))
         ticket = router.began(node.node_id, self._log.prompt_tokens + len(self._log.token_ids))
@@ -174,6 +187,13 @@ class RequestRun:
         finally:
             router.ended(node.node_id, ticket)
 
+    def _routed_revision(self) -> str | None:
+        """What the adapter's name means by the table; None where that does not tell."""
+        if self._route.adapter is None or not self._trusts_table:
+            return None
+        known = self._site.router.table.find(self._log.base, self._route.adapter)
+        return known.revision if known else None
+
     async def _after(self, error: LoraServeError, node: NodeRoute, progress: bool) -> None:
         """Returns when the next attempt may begin. Raises where there is none."""
         if isinstance(error, DeadlineExceededError):
@@ -181,6 +201,16 @@ class RequestRun:
             raise error
         if self._site.channels.closed:
             raise error
+        if (
+            isinstance(error, NotFoundError)
+            and not self._log.started
+            and self._log.revision is None
+            and self._routed_revision() is not None
+        ):
+            # The table may be old: the name is asked for, whatever it means now.
+            self._trusts_table = False
+            self._retry.attempt += 1
+            return
         self._avoid.add(node.node_id)
         wait_s = self._retry.after(error, progress, self._log.started)
         if wait_s is None:

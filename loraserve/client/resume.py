@@ -98,8 +98,12 @@ class AnswerLog:
         ref = self._request.adapter
         return ref.revision if ref.HasField("revision") else None
 
-    def request(self, attempt: int, timeout_s: float | None) -> inference_pb2.GenerateRequest:
-        """What to send for an attempt. `timeout_s`: what is left of the request's time."""
+    def request(
+        self, attempt: int, timeout_s: float | None, routed_revision: str | None = None
+    ) -> inference_pb2.GenerateRequest:
+        """What to send for an attempt. `timeout_s`: what is left of the request's time.
+        `routed_revision`: what the name means by the route table; asked for where the caller named
+        none, so that a node with an older copy does not answer from that."""
         request = inference_pb2.GenerateRequest()
         request.CopyFrom(self._request)
         request.attempt = attempt
@@ -111,6 +115,8 @@ class AnswerLog:
             request.adapter.base = self.base
             if self._start.revision:
                 request.adapter.revision = self._start.revision
+        elif routed_revision is not None and not request.adapter.HasField("revision"):
+            request.adapter.revision = routed_revision
         if timeout_s is not None:
             request.timeout.FromMicroseconds(max(1, round(timeout_s * 1e6)))
         self._attempt_started = False

@@ -89,7 +89,8 @@ class SyncAnswerStream:
         return await anext(self._stream, None)
 
     def close(self) -> None:
-        self._loop.run(self._stream.aclose())
+        with contextlib.suppress(UnavailableError):  # closing the client has ended it already
+            self._loop.run(self._stream.aclose())
 
     def __enter__(self) -> "SyncAnswerStream":
         return self

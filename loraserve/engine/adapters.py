@@ -76,6 +76,7 @@ class AdapterTable:
         self._lock = threading.Lock()
         self._loads: dict[str, LoadedAdapter] = {}
         self._draining: dict[int, threading.Event] = {}
+        self._installed: set[int] = set()
         self._ids = itertools.count(1)
 
     def _check_base(self, adapter: PackedAdapter) -> None:
@@ -156,10 +157,24 @@ class AdapterTable:
                 "timeout_s", f"{name!r} is still in use; it goes on draining"
             )
 
+    def installs(self, changes: list[tuple[int, bool]]) -> None:
+        """The engine wrote adapters into pages, or took them out."""
+        with self._lock:
+            for engine_id, installed in changes:
+                (self._installed.add if installed else self._installed.discard)(engine_id)
+
+    def installed(self) -> frozenset[str]:
+        """Names whose current load is in pages."""
+        with self._lock:
+            return frozenset(
+                load.name for load in self._loads.values() if load.engine_id in self._installed
+            )
+
     def removed(self, engine_ids: list[int]) -> None:
         """The engine reads these no more."""
         with self._lock:
             for engine_id in engine_ids:
+                self._installed.discard(engine_id)
                 drained = self._draining.pop(engine_id, None)
                 if drained is not None:
                     drained.set()

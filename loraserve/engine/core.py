@@ -17,7 +17,7 @@ from loraserve.engine.config import EngineConfig
 from loraserve.engine.delivery import Delivery, Mailbox
 from loraserve.engine.loading import engine_model_config, engine_weights, weight_dtype
 from loraserve.engine.native import assign, native_config, native_params
-from loraserve.engine.stats import EngineStats, snapshot
+from loraserve.engine.stats import EngineStats, StepRecord, snapshot, step_record
 from loraserve.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -148,7 +148,7 @@ class Engine:
             end_ids.update(self.tokenizer.eos_ids)
         self._end_ids = frozenset(i for i in end_ids if i < self.model_config.vocab_size)
         self._table = AdapterTable(self._native, config, self.base_digest)
-        self._delivery = Delivery(self._native, self._table.removed)
+        self._delivery = Delivery(self._native, self._table.removed, self._table.installs)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._live: set[str] = set()
@@ -185,6 +185,11 @@ class Engine:
     def adapters(self) -> list[LoadedAdapter]:
         """What is loaded, by name."""
         return self._table.loads()
+
+    def installed(self) -> frozenset[str]:
+        """Names of the adapters that are in pages now, ready for the next step; the others loaded
+        are in host memory. A moment old."""
+        return self._table.installed()
 
     # Requests
 
@@ -314,6 +319,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters since the start and gauges of the last step."""
         return snapshot(self._native.stats())
+
+    def take_step_records(self) -> list[StepRecord]:
+        """What the steps since the last call did, with EngineConfig.record_steps; else nothing."""
+        return [step_record(record) for record in self._delivery.take_records()]
 
     @property
     def backend_name(self) -> str:

@@ -73,11 +73,22 @@ def _put_all(items: list[tuple[Mailbox, RawOutput]]) -> None:
 
 
 class Delivery:
-    """The thread that waits for the engine's reports. `on_removed` is called with adapter ids."""
+    """The thread that waits for the engine's reports.
 
-    def __init__(self, engine: _engine.Engine, on_removed: Callable[[list[int]], None]) -> None:
+    `on_removed` is called with adapter ids, `on_installs` with (adapter id, whether it is in pages
+    now) in the order in which that changed.
+    """
+
+    def __init__(
+        self,
+        engine: _engine.Engine,
+        on_removed: Callable[[list[int]], None],
+        on_installs: Callable[[list[tuple[int, bool]]], None],
+    ) -> None:
         self._engine = engine
         self._on_removed = on_removed
+        self._on_installs = on_installs
+        self._records: list[_engine.StepRecord] = []
         self._lock = threading.Lock()
         self._mailboxes: dict[int, Mailbox] = {}
         self._closed = False
@@ -96,12 +107,23 @@ class Delivery:
         with self._lock:
             self._mailboxes.pop(request_id, None)
 
+    def take_records(self) -> "list[_engine.StepRecord]":
+        """The step records that came since the last call."""
+        with self._lock:
+            taken, self._records = self._records, []
+        return taken
+
     def join(self) -> None:
         """After the engine has stopped: whoever still waits gets UnavailableError."""
         self._thread.join()
 
     def _run(self) -> None:
         while (report := self._engine.wait_report(_POLL_S)) is not None:
+            if report.installs:
+                self._on_installs(report.installs)
+            if report.records:
+                with self._lock:
+                    self._records += report.records
             if report.removed_adapters:
                 self._on_removed(report.removed_adapters)
             outputs = report.outputs

@@ -36,6 +36,7 @@ def native_config(config: EngineConfig, weight_dtype: str) -> _engine.EngineConf
         "max_sequences",
         "max_step_adapter_bytes",
         "prefix_cache",
+        "record_steps",
     ):
         assign(native, name, getattr(config, name))
     memory = DEFAULT_MEMORY_BYTES if config.memory_bytes is None else config.memory_bytes

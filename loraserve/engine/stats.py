@@ -1,4 +1,4 @@
-"""Counters and gauges of an engine."""
+"""Counters and gauges of an engine, and records of its steps."""
 
 from dataclasses import dataclass, fields
 
@@ -31,6 +31,33 @@ class EngineStats:
     adapter_weight_bytes: int
     """Of their weights; `pages_adapter` pages hold them and some padding."""
     weight_bytes: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did and how long it took; counts are of tokens unless they say otherwise."""
+
+    seconds: float
+    prefill_tokens: int
+    decode_tokens: int
+    context_tokens: int
+    """Sum over decoding sequences of their contexts."""
+    chunk_context: float
+    """Sum over prefill chunks of their tokens times the mean context while they are computed."""
+    token_ranks: int
+    """Sum over tokens of their adapter's largest rank."""
+    adapters: int
+    """Distinct ones."""
+    adapter_bytes: int
+    """Of the distinct ones, as they lie in pages."""
+    max_rank: int
+    installs: int
+    """Adapters that were written into pages before the step, within its time."""
+
+
+def step_record(record: _engine.StepRecord) -> StepRecord:
+    """A plain copy."""
+    return StepRecord(**{f.name: getattr(record, f.name) for f in fields(StepRecord)})
 
 
 def snapshot(stats: _engine.EngineStats) -> EngineStats:

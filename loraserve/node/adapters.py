@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from loraserve.errors import LoraServeError, NotFoundError, UnavailableError
 from loraserve.node.engine_api import ServedEngine
-from loraserve.node.held import DRAINING, FAILED, FETCHING, HOST, HeldAdapter, refusal
+from loraserve.node.held import DEVICE, DRAINING, FAILED, FETCHING, HOST, HeldAdapter, refusal
 from loraserve.node.limits import Limits, full
 from loraserve.node.requests import LiveRequest
 from loraserve.node.residency import ChangeJournal, CopyKey
@@ -65,6 +65,7 @@ class HeldAdapters:
         self._threads = ThreadPoolExecutor(_CONCURRENT_LOADS, "adapter-load")
         self._cleanups: set[asyncio.Task[None]] = set()
         self._journal: ChangeJournal[CopyKey] = ChangeJournal()
+        self._installed: frozenset[str] = frozenset()
 
     # What is here
 
@@ -73,13 +74,32 @@ class HeldAdapters:
             yield from copies.values()
 
     def residency(self) -> list[common_pb2.AdapterResidency]:
-        """Everything that the node holds, fetches or failed to load."""
-        return [held.to_wire() for held in self._all()]
+        """Everything that the node holds, fetches or failed to load. `generation`, read after it,
+        is that of what it returns."""
+        self._see_installed()
+        return [self._to_wire(held) for held in self._all()]
+
+    def _to_wire(self, held: HeldAdapter) -> common_pb2.AdapterResidency:
+        return held.to_wire(held.engine_name in self._installed)
+
+    def _see_installed(self) -> None:
+        """What the engine put into pages or took out of them is a change, but none that is worth a
+        heartbeat of its own."""
+        installed = self._engine.installed()
+        moved = installed ^ self._installed
+        self._installed = installed
+        if moved:
+            for held in self._all():
+                if held.engine_name in moved:
+                    self._journal.changed((held.spec.adapter, held.spec.revision))
 
     def count_by_state(self) -> Counter[int]:
         """Copies by ResidencyState. The only method that other threads may call."""
+        installed = self._engine.installed()
         return Counter(
-            h.state for copies in list(self._held.values()) for h in list(copies.values())
+            DEVICE if h.state == HOST and h.engine_name in installed else h.state
+            for copies in list(self._held.values())
+            for h in list(copies.values())
         )
 
     def copies(self, adapter: AdapterId) -> list[HeldAdapter]:
@@ -94,13 +114,14 @@ class HeldAdapters:
         self, generation: int
     ) -> tuple[list[common_pb2.AdapterResidency], list[CopyKey]] | None:
         """Copies that changed after the generation, and keys of those that went; None where that
-        is not known any more."""
+        is not known any more. `generation`, read after it, is that of what it returns."""
+        self._see_installed()
         keys = self._journal.since(generation)
         if keys is None:
             return None
         found = [self._held.get(adapter, {}).get(revision) for adapter, revision in keys]
         gone = [key for key, held in zip(keys, found, strict=True) if held is None]
-        return [held.to_wire() for held in found if held is not None], gone
+        return [self._to_wire(held) for held in found if held is not None], gone
 
     def _changed(self, held: HeldAdapter) -> None:
         self._journal.changed((held.spec.adapter, held.spec.revision))

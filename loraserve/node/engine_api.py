@@ -60,6 +60,9 @@ class ServedEngine(Protocol):
 
     def load_adapter(self, name: str, source: Any, *, allow_base_mismatch: bool = False) -> str: ...
     def unload_adapter(self, name: str, timeout_s: float | None = None) -> None: ...
+    def installed(self) -> frozenset[str]:
+        """Names of the adapters that are in pages now."""
+
     def encode(self, prompt: str | Sequence[int]) -> list[int]: ...
     def submit(
         self,

@@ -13,6 +13,7 @@ from loraserve.node.requests import LiveRequest
 from loraserve.placement.types import AdapterSpec
 from loraserve.v1 import common_pb2
 from loraserve.v1.common_pb2 import (
+    RESIDENCY_STATE_DEVICE,
     RESIDENCY_STATE_DRAINING,
     RESIDENCY_STATE_FAILED,
     RESIDENCY_STATE_FETCHING,
@@ -22,6 +23,7 @@ from loraserve.wire_errors import to_detail
 
 FETCHING = RESIDENCY_STATE_FETCHING
 HOST = RESIDENCY_STATE_HOST
+DEVICE = RESIDENCY_STATE_DEVICE
 DRAINING = RESIDENCY_STATE_DRAINING
 FAILED = RESIDENCY_STATE_FAILED
 
@@ -30,7 +32,8 @@ _LAST_RETRY_S = 30.0
 
 
 class HeldAdapter:
-    """FETCHING until it is in the engine, then HOST; DRAINING and gone, or FAILED. `engine_name`
+    """FETCHING until it is in the engine, then HOST (the engine itself decides what of it is in
+    pages, which is told as DEVICE); DRAINING and gone, or FAILED. `engine_name`
     is another one for every load, so an old copy and a new one never meet in the engine."""
 
     def __init__(self, spec: AdapterSpec, serial: int, placed: bool, failures: int = 0) -> None:
@@ -73,14 +76,15 @@ class HeldAdapter:
         self.retry_s = now_s + min(wait_s, _LAST_RETRY_S)
         self.settled.set()
 
-    def to_wire(self) -> common_pb2.AdapterResidency:
+    def to_wire(self, installed: bool) -> common_pb2.AdapterResidency:
+        """`installed`: the engine has it in pages now."""
         adapter = self.spec.adapter
         message = common_pb2.AdapterResidency(
             adapter=common_pb2.AdapterId(
                 tenant=adapter.tenant, base=adapter.base, name=adapter.name
             ),
             revision=self.spec.revision,
-            state=self.state,
+            state=DEVICE if installed and self.state == HOST else self.state,
             size_bytes=self.spec.size_bytes,
             active_requests=len(self.users),
         )

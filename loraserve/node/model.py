@@ -46,6 +46,7 @@ def open_model(options: ModelOptions) -> LoadedModel:
     engine = Engine(
         EngineConfig(
             model=options.path,
+            base_name=options.base or None,
             device=options.device,
             weight_dtype=options.weight_dtype,
             memory_bytes=options.memory_bytes or None,

@@ -73,11 +73,11 @@ class ResidencyReport:
     def parts(self) -> list[controller_pb2.HeartbeatRequest]:
         """Heartbeats with what is to be told now and nothing else; all but the last have `more`.
         They count as told."""
-        since, generation = self._told, self._adapters.generation
+        since = self._told
         changes = self._adapters.changes_since(since) if since else None
         if changes is None:
             since, changes = 0, (self._adapters.residency(), [])
-        self._told = generation
+        self._told = generation = self._adapters.generation  # of what was just read
         copies, removed = changes
         made = [controller_pb2.HeartbeatRequest(generation=generation, since_generation=since)]
         size = 0

@@ -85,4 +85,4 @@ def request_level(p: Columns) -> Plan:
     share = p.capacity[node] / p.capacity.sum()
     # First copies all over the cluster, so that none is left out where memory is short.
     share = share * np.where(node == adapter % p.nodes, 1 + 1e-9, 1.0)
-    return settle(p, Entries(adapter, node, share))
+    return settle(p, Entries(adapter, node, share), spread_idle=True)

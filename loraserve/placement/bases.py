@@ -90,7 +90,11 @@ def _fits_somewhere(p: Columns) -> Bools:
     most = np.maximum.accumulate(p.memory[order])
     count = np.searchsorted(limits, -p.rank, side="right")
     fits = (count > 0) & (most[np.maximum(count - 1, 0)] >= p.size_bytes)
-    ill = np.unique(p.forbidden // p.nodes)
+    ill, pairs_of = np.unique(p.forbidden // p.nodes, return_counts=True)
+    # Most have more nodes that could hold them than forbidden pairs; the others one by one.
+    least = np.minimum.accumulate(p.memory[order])
+    many = (count[ill] > pairs_of) & (least[np.maximum(count[ill] - 1, 0)] >= p.size_bytes[ill])
+    ill = ill[~many]
     for some in np.array_split(ill, 1 + len(ill) * p.nodes // MOST_PAIRS):
         pairs = np.repeat(some, p.nodes), np.tile(np.arange(p.nodes), len(some))
         fits[some] = p.able(*pairs).reshape(len(some), p.nodes).any(axis=1)

@@ -174,7 +174,9 @@ def node_features(p: Columns, entries: Entries) -> Floats:
 
 
 def utilisation(p: Columns, entries: Entries) -> Floats:
-    """[nodes]: predicted, 1 at the SLO."""
+    """[nodes]: predicted, 1 at the SLO. The entries may be in any order."""
+    if not p.load.padded:
+        return np.asarray(node_features(p, entries)[:, 0] / p.capacity)
     ranks = np.minimum(node_ranks(p, entries), MAX_RANK)
     work = (node_features(p, entries) * p.charges.weights[ranks]).sum(axis=1)
     return np.asarray(work / p.capacity)

@@ -1,8 +1,8 @@
 """What one engine step costs: linear in a few features of the step. Pure.
 
-The terms follow from what a step does: products over tokens, attention over contexts, and adapters
-whose weights are read once each. `token_max_rank_s` is for engines that pad every adapter of a
-batch to the largest rank; an engine whose cost follows each adapter's own rank has 0 there.
+The terms follow from what a step does: products over tokens, attention over contexts, adapters
+whose weights are read once each. `token_max_rank_s` is for engines that pad a batch to its
+largest rank; an engine whose cost follows each adapter's own rank has 0 there.
 """
 
 from dataclasses import dataclass

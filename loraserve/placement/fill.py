@@ -138,6 +138,12 @@ def fills(p: Columns) -> list[Entries]:
     hot = _hot(p, classes, density / low)
     found = []
     if p.load.padded and not hot.all():
+        _, segments = _least_level(p, classes, low, _order(p), None)
+        if segments:
+            found.append(_spread(p, classes, segments))
+            held = np.bincount(found[0].node, p.size_bytes[found[0].adapter], minlength=p.nodes)
+            if p.replicas * held.max() <= p.memory.min():
+                return found
         for kind in (classes, _one_class(p, classes)):
             _, segments = _least_level(p, kind, low, _order(p), usable)
             if segments:
@@ -219,8 +225,8 @@ def _least_level(
     segments = _walk(p, classes, low * room, order, memory)
     if segments:
         return low, segments
-    high, increase = low, 1.02
-    while high < 1e6 * low:
+    high, increase, most = low, 1.02, 1e6 * low
+    while high < most:
         low, high = high, high * increase
         increase = min(2.0, increase**2)
         segments = _walk(p, classes, high * room, order, memory)
@@ -279,6 +285,11 @@ def _spread(p: Columns, classes: Classes, segments: list[Segment]) -> Entries:
     length = np.repeat(np.maximum(ends - begins, 1e-300), pieces)
     share = np.clip((high - low) / length, 0.0, 1.0)
     share[np.repeat(pieces == 1, pieces)] = 1.0
-    keep = (share >= 0.5) | (share * p.alone[classes.rows[adapter]] >= LEAST_PIECE)
-    keep |= np.repeat(pieces > 2, pieces) & (share > 0)
+    # Small pieces go to their adapter's largest.
+    keep = np.repeat(pieces == 1, pieces)
+    split = np.flatnonzero(~keep)
+    keep[split] = share[split] * p.alone[classes.rows[adapter[split]]] >= LEAST_PIECE
+    by_size = split[np.lexsort((-share[split], adapter[split]))]
+    owner = adapter[by_size]
+    keep[by_size[np.r_[True, owner[1:] != owner[:-1]][: len(owner)]]] = True
     return Entries.of(classes.rows[adapter[keep]], node[segment[keep]], share[keep])

@@ -25,6 +25,7 @@ class Ledger:
         self._new_share: list[float] = []
         self.copy_count = entries.counts(p.adapters)
         self._ends = np.cumsum(self.copy_count)
+        self._pair = self.copy_count == 2
         small = np.uint16 if p.nodes < 2**16 else np.int64
         self._by_node = np.argsort(entries.node.astype(small), kind="stable")
         self._node_ends = np.cumsum(np.bincount(entries.node, minlength=p.nodes))
@@ -84,6 +85,16 @@ class Ledger:
         if extra:
             found += [e for e in extra if self.share_of(e) != GONE]
         return found
+
+    def may_shift(self, e: Ints, adapter: Ints, limit: float) -> Bools:
+        """False where the adapter surely has no other copy on a node less busy than `limit`."""
+        count = self.copy_count[adapter]
+        paired = self._pair[adapter] & (count == 2) & (e < self._count)
+        # The copies of a pair are neighbours, and `_ends` is behind the second.
+        other = np.where(paired, 2 * self._ends[adapter] - 3 - e, 0)
+        same = self._start.adapter[other] == adapter if self._count else paired
+        busy = self.load[self._start.node[other]] >= limit if self._count else paired
+        return np.asarray((count > 1) & ~(paired & same & busy))
 
     def serving(self, node: int) -> tuple[Ints, Ints, Floats, Floats]:
         """Entries of the node that carry demand: numbers, adapters, shares, and features

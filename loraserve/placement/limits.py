@@ -24,12 +24,16 @@ ONE_BY_ONE = 256
 BULK_ROUNDS = 4
 
 
-def settle(p: Columns, wish: Entries) -> Plan:
+def settle(p: Columns, wish: Entries, spread_idle: bool = False) -> Plan:
     """All nodes serve the adapters' base, and every adapter has a node that could hold it alone.
-    A wish may name a pair that is not allowed; it is passed over."""
+    A wish may name a pair that is not allowed; it is passed over. Of an adapter without demand only
+    the first wish counts unless `spread_idle`: more copies than replicas would serve nobody."""
     wish = wish.where(p.able(wish.adapter, wish.node))
     free = p.memory.copy()
     first = largest_share(p, wish)
+    if not spread_idle:
+        needed = first | p.active[wish.adapter]
+        wish, first = wish.where(needed), first[needed]
     kept = first.copy()
     kept[first] = admit(p, free, wish.adapter[first], wish.node[first])
     housed, reasons = _house(p, free, wish.where(kept))

@@ -37,8 +37,9 @@ def paper(p: Columns) -> Plan:
     return settle(p, relabel(p, packed(p)))
 
 
-def packed(p: Columns) -> Entries:
-    """The plan before relabelling and limits."""
+def packed(p: Columns, leftovers: bool = True) -> Entries:
+    """The plan before relabelling and limits. Without leftovers (step 4) its peak is a lower bound
+    of the plan's: more adapters on a node never make it less busy. It is not sorted then."""
     tps = p.prefill + p.decode
     total = float(tps.sum())
     idle = tps <= 0
@@ -71,14 +72,19 @@ def packed(p: Columns) -> Entries:
         pieces = _cut(ends, borders)
         inside = pieces[1] < len(nodes)
         found.append((rows[pieces[0][inside]], nodes[pieces[1][inside]], pieces[2][inside]))
-        outside = zip(rows[pieces[0][~inside]].tolist(), pieces[2][~inside].tolist(), strict=True)
-        leftover += [x for x in outside if x[1] > 1e-9]
+        if leftovers:
+            outside = zip(
+                rows[pieces[0][~inside]].tolist(), pieces[2][~inside].tolist(), strict=True
+            )
+            leftover += [x for x in outside if x[1] > 1e-9]
     adapter = np.concatenate([f[0] for f in found] or [np.zeros(0, np.int64)])
     node = np.concatenate([f[1] for f in found] or [np.zeros(0, np.int64)])
     share = np.concatenate([f[2] for f in found] or [np.zeros(0)])
     top = np.full(p.nodes, -1, np.int64)
     top[servers] = np.repeat(ranks, budget)
     tokens = np.asarray(np.bincount(node, tps[adapter] * share, minlength=p.nodes), np.float64)
+    if not leftovers:
+        return Entries(adapter, node, share)
     more = _leftovers(p, leftover, tps, points, top, tokens)
     return _merged(p, np.r_[adapter, more[0]], np.r_[node, more[1]], np.r_[share, more[2]])
 

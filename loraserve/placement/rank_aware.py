@@ -27,12 +27,15 @@ from loraserve.placement.rebalance import Aim, rebalance
 from loraserve.placement.relabel import relabel
 
 # Of the lowest level: a repair begins above the trigger and ends at the goal.
-TRIGGER = 1.05
-GOAL = 1.02
+TRIGGER = 1.08
+GOAL = 1.04
 # A fresh plan is polished to this.
 POLISHED = 1.002
+POLISHED_LARGE = 1.01
 # A repair that ends above this is compared with a fresh plan, which must then be this much better.
-REPLAN_ABOVE = 1.10
+# A fresh plan of a large cluster costs several repairs, so it is asked for later.
+REPLAN_ABOVE = 1.15
+REPLAN_ABOVE_LARGE = 1.4
 REPLAN_GAIN = 0.95
 # Peaks nearer than this count as equal, and interference decides.
 SAME_PEAK = 1.01
@@ -52,10 +55,12 @@ def rank_aware(p: Columns) -> Plan:
     aim_at = max(level, mean)
     repaired = _repair(p, kept, aim_at)
     now = peak(p, repaired.entries)
-    if now > REPLAN_ABOVE * aim_at:
+    above = REPLAN_ABOVE_LARGE if p.nodes > RELABEL_UP_TO else REPLAN_ABOVE
+    if now > above * aim_at or repaired.reasons:
         fresh = _fresh(p, level)
-        gain = peak(p, fresh.entries) < REPLAN_GAIN * now
-        if gain and _affordable(p, fresh) and not len(fresh.reasons) > len(repaired.reasons):
+        fewer = len(fresh.reasons) - len(repaired.reasons)
+        gain = fewer < 0 or (fewer == 0 and peak(p, fresh.entries) < REPLAN_GAIN * now)
+        if gain and _affordable(p, fresh):
             return fresh
     return _no_worse_than_paper(p, repaired, now)
 
@@ -74,10 +79,11 @@ def _affordable(p: Columns, plan: Plan) -> bool:
 
 def _no_worse_than_paper(p: Columns, plan: Plan, now: float) -> Plan:
     """`plan`, relieved further, or `paper`'s where even that is worse."""
-    if p.nodes > RELABEL_UP_TO:
-        rival = peak(p, packed(p))
-        if now <= rival:
-            return plan
+    # The cheap bound first.
+    if p.nodes > RELABEL_UP_TO and (
+        now <= peak(p, packed(p, leftovers=False)) or now <= peak(p, packed(p))
+    ):
+        return plan
     other = paper(p)
     if len(other.reasons) > len(plan.reasons):
         return plan
@@ -95,19 +101,23 @@ def _no_worse_than_paper(p: Columns, plan: Plan, now: float) -> Plan:
 
 def _fresh(p: Columns, level: float) -> Plan:
     """The best of the candidates."""
-    aim = Aim(POLISHED * level + 1e-9, POLISHED * level + 1e-9)
-    candidates = []
-    for wish in fills(p):
-        plan = settle(p, relabel(p, wish))
-        candidates.append(Plan(rebalance(p, plan.entries, aim), plan.reasons))
+    large = p.nodes > RELABEL_UP_TO
+    to = (POLISHED_LARGE if large else POLISHED) * level + 1e-9
+    candidates = [settle(p, relabel(p, wish)) for wish in fills(p)]
+    if large:
+        candidates = [min(candidates, key=lambda c: (len(c.reasons), peak(p, c.entries)))]
+    aim = Aim((1.02 if large else POLISHED) * level + 1e-9, to)
+    candidates = [Plan(rebalance(p, c.entries, aim), c.reasons) for c in candidates]
     peaks = [peak(p, c.entries) for c in candidates]
-    if p.nodes > RELABEL_UP_TO and not any(c.reasons for c in candidates):
+    if large and not any(c.reasons for c in candidates):
         best = min(peaks)
-        if best <= GOAL * level and best <= peak(p, packed(p)):
+        if best <= peak(p, packed(p, leftovers=False)) or best <= peak(p, packed(p)):
             return candidates[peaks.index(best)]
     other = paper(p)
-    candidates += [Plan(rebalance(p, other.entries, aim), other.reasons), other]
-    peaks += [peak(p, c.entries) for c in candidates[-2:]]
+    if not large:
+        candidates.append(Plan(rebalance(p, other.entries, aim), other.reasons))
+    candidates.append(other)
+    peaks = [peak(p, c.entries) for c in candidates]
     fewest = min(len(c.reasons) for c in candidates)
     good = [i for i, c in enumerate(candidates) if len(c.reasons) == fewest]
     best = min(peaks[i] for i in good)

@@ -18,6 +18,17 @@ from loraserve.placement.operating_point import MAX_RANK
 LEAST_PIECE = 0.002
 # Of one node, the entries looked at for shifting shares.
 SHIFTS = 48
+# Copies of one node, one after the other, that find no target before it is left as it is.
+FAILURES = 16
+# Looks for a target, about 40 us each, in one call, and what looking at a node counts as: they
+# bound the time where limits are in the way.
+ATTEMPTS = 6000
+NODE_ATTEMPTS = 10
+# Of a node that is stuck: the part of its load that it gives to nodes less busy, and how often.
+CHAIN_STEP = 0.02
+CHAINS = 64
+# A stuck node this little over the aim is let be.
+ENOUGH = 1.005
 # Copies that are looked at to make room for one.
 CLEARED = 12
 # An adapter rank with less than this part of a node's tokens is a stray there.
@@ -34,19 +45,32 @@ class Aim:
 
 
 def rebalance(p: Columns, entries: Entries, aim: Aim) -> Entries:
-    """The relieved plan. Where limits leave a node over `aim.above`, others are only brought below
-    that node."""
+    """The relieved plan, or `entries` where limits leave no way to lower the peak.
+
+    Where a node cannot give to any node under the goal, it gives a little to nodes less busy than
+    itself, which pass it on: chains that limits on pairs of nodes and adapters make necessary."""
     ledger = Ledger(p, entries)
     work = _Relief(ledger, aim)
-    above = aim.above
     stuck = np.zeros(p.nodes, np.bool_)
-    for _ in range(4 * p.nodes):
+    chains, progress, enough = CHAINS, False, aim.above * ENOUGH
+    while work.attempts > 0:
         hot = int(np.argmax(np.where(stuck, -1.0, ledger.load)))
-        if ledger.load[hot] <= above * (1 + 1e-9):
-            break
-        if stuck.all() or not work.relieve(hot, max(aim.to, above * 0.97 if stuck.any() else 0.0)):
-            stuck[hot] = True
-            above = max(above, float(ledger.load[hot]))
+        if stuck[hot] or ledger.load[hot] <= aim.above * (1 + 1e-9):
+            # The others may have made room for those that were stuck.
+            if not progress or ledger.load.max() <= enough:
+                break
+            stuck[:], progress = False, False
+            continue
+        if work.relieve(hot, aim.to):
+            progress = True
+            continue
+        now = float(ledger.load[hot])
+        if now >= ledger.load.max() and now > enough and chains > 0:
+            chains -= 1
+            if work.relieve(hot, max(aim.to, now * (1 - CHAIN_STEP))):
+                progress = True
+                continue
+        stuck[hot] = True
     return ledger.entries()
 
 
@@ -54,10 +78,12 @@ class _Relief:
     def __init__(self, ledger: Ledger, aim: Aim) -> None:
         self.book, self.p = ledger, ledger.p
         self.bytes_left = aim.bytes_left
+        self.attempts = ATTEMPTS
 
     def relieve(self, hot: int, goal: float) -> bool:
         """Whether the node is at the goal, or at least much nearer to it."""
         before = float(self.book.load[hot])
+        self.attempts -= NODE_ATTEMPTS
         self._shift(hot, goal)
         if self.book.load[hot] > goal * (1 + 1e-9):
             self._move(hot, goal)
@@ -73,14 +99,15 @@ class _Relief:
         book, p = self.book, self.p
         e, adapter, _, features = book.serving(hot)
         charge = self._charges(hot, features)
-        able = np.flatnonzero((book.copy_count[adapter] > 1) & (charge > LEAST_PIECE / 2))
+        limit = goal - LEAST_PIECE / 2
+        able = np.flatnonzero(book.may_shift(e, adapter, limit) & (charge > LEAST_PIECE / 2))
         order = able[np.argsort(-charge[able], kind="stable")][:SHIFTS]
         for entry, a in zip(e[order].tolist(), adapter[order].tolist(), strict=True):
             others = [
                 (book.load_of(n), x)
                 for x in book.copies(a)
                 # A copy that would raise its node's rank would slow the whole node.
-                if book.load_of(n := book.node_of(x)) < goal - LEAST_PIECE / 2
+                if book.load_of(n := book.node_of(x)) < limit
                 and not (p.load.padded and book.ranks[n] < p.rank[a])
             ]
             for _, to in sorted(others):
@@ -101,7 +128,7 @@ class _Relief:
             return
         here, there = book.piece(a, share, source), book.piece(a, share, target)
         part = min(1.0, slack / max(there, 1e-12), excess / max(here, 1e-12))
-        if part * here < LEAST_PIECE / 4:
+        if part * here < LEAST_PIECE / 2:
             return
         book.set_share(to, max(book.share_of(to), 0.0) + share * part)
         book.set_share(e, share * (1 - part) if part < 1 else 0.0)
@@ -111,10 +138,12 @@ class _Relief:
     def _drop_if_spare(self, e: int) -> None:
         """Drops an idle copy that replicas do not need."""
         book, p = self.book, self.p
+        if book.copy_count[book.adapter_of(e)] <= p.replicas:
+            return
         rest = [book.node_of(x) for x in book.copies(book.adapter_of(e)) if x != e]
         domains = len({int(p.domain[n]) for n in rest})
         held = len({int(p.domain[n]) for n in [*rest, book.node_of(e)]})
-        if len(rest) >= p.replicas and domains >= min(p.replicas, held):
+        if domains >= min(p.replicas, held):
             book.set_share(e, GONE)
 
     def _move(self, hot: int, goal: float) -> None:
@@ -122,6 +151,7 @@ class _Relief:
         book, p = self.book, self.p
         e, adapter, share, features = book.serving(hot)
         charge = self._charges(hot, features)
+        failures = 0
         for i in self._order(hot, goal, adapter, share, charge).tolist():
             if book.load[hot] <= goal * (1 + 1e-9):
                 return
@@ -132,6 +162,11 @@ class _Relief:
                 continue
             if self._move_one(int(e[i]), features[i], float(charge[i]), goal):
                 self._pay(size)
+                failures = 0
+                continue
+            failures += 1
+            if failures >= FAILURES or self.attempts <= 0:
+                return
 
     def _order(self, hot: int, goal: float, adapter: Ints, share: Floats, charge: Floats) -> Ints:
         """Most relief for a byte first."""
@@ -153,6 +188,7 @@ class _Relief:
 
     def _move_one(self, e: int, features: Floats, charge: float, goal: float) -> bool:
         book, p = self.book, self.p
+        self.attempts -= 1
         a, hot, share = book.adapter_of(e), book.node_of(e), book.share_of(e)
         excess = float(book.load[hot]) - goal
         whole = charge <= 1.2 * excess or charge < 4 * LEAST_PIECE

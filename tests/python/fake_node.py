@@ -99,6 +99,7 @@ class FakeEngine:
         self.ended: list[str] = []
         self.calls: list[dict[str, Any]] = []
         self.loaded: dict[str, Any] = {}
+        self.in_pages: set[str] = set()
         self.unloaded: list[str] = []
         # Cleared: loads block in their thread.
         self.may_load = threading.Event()
@@ -123,6 +124,9 @@ class FakeEngine:
         if self.loaded.pop(name, None) is None:
             raise NotFoundError("adapter", f"{name!r} is not loaded")
         self.unloaded.append(name)
+
+    def installed(self) -> frozenset[str]:
+        return frozenset(self.in_pages & set(self.loaded))
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         return [ord(c) % VOCAB for c in prompt] if isinstance(prompt, str) else list(prompt)

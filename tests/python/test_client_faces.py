@@ -157,3 +157,25 @@ def test_an_async_client_that_is_left_leaves_no_task(slow_node: tuple[str, FakeE
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(test())
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), 1e300])
+def test_a_timeout_must_be_a_time(timeout_s: float) -> None:
+    with Client(nodes=["127.0.0.1:1"]) as client, pytest.raises(InvalidArgumentError) as caught:
+        client.generate(PROMPT, timeout_s=timeout_s)
+    assert caught.value.field == "timeout_s"
+
+
+def test_leaving_a_stream_of_a_closed_client_hides_no_error(
+    slow_node: tuple[str, FakeEngine],
+) -> None:
+    client = Client(nodes=[slow_node[0]])
+
+    def leave() -> None:
+        with client.stream(PROMPT, SamplingParams(max_tokens=50)) as stream:
+            next(stream)
+            client.close()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        leave()

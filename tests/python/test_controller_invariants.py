@@ -8,11 +8,11 @@ and where there is room everything placed is served and nothing is left over.
 """
 
 import math
-import os
 import random
 from dataclasses import dataclass, field, replace
 
 import pytest
+from fuzz_budget import examples
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -478,11 +478,10 @@ class Cramped(Cluster):
 
 TestCluster = Cluster.TestCase
 TestCramped = Cramped.TestCase
-_TIMES = 20 if os.environ.get("LORASERVE_LONG") else 1
 TestCluster.settings = hypothesis_settings(
-    max_examples=50 * _TIMES, stateful_step_count=50, deadline=None, print_blob=True
+    max_examples=examples(50), stateful_step_count=50, deadline=None, print_blob=True
 )
-TestCramped.settings = hypothesis_settings(TestCluster.settings, max_examples=40 * _TIMES)
+TestCramped.settings = hypothesis_settings(TestCluster.settings, max_examples=examples(40))
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -13,7 +13,7 @@ from loraserve.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from loraserve.node.held import DRAINING, FAILED, FETCHING, HOST
+from loraserve.node.held import DEVICE, DRAINING, FAILED, FETCHING, HOST
 
 
 def test_all_who_ask_at_once_share_one_load() -> None:
@@ -384,5 +384,22 @@ def test_every_change_is_told_with_a_higher_generation() -> None:
         home.done(use)
         await home.settle()  # gone
         assert len(seen) == 5
+
+    play(script)
+
+
+def test_what_the_engine_has_in_pages_is_told_as_such() -> None:
+    async def script(home: Home) -> None:
+        await home.touch("a", "b")
+        assert home.states() == {"a@a": HOST, "b@b": HOST}
+        before = home.held.generation
+        (copy,) = [h for h in home.held._all() if h.spec.adapter.name == "b"]
+        home.engine.in_pages = {copy.engine_name}
+        assert home.states() == {"a@a": HOST, "b@b": DEVICE}
+        assert home.held.generation > before
+        assert home.held.count_by_state() == {HOST: 1, DEVICE: 1}
+        before = home.held.generation
+        home.held.residency()
+        assert home.held.generation == before
 
     play(script)

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Sequence
 
 from fake_node import BASE, FakeEngine, FakeSource, read_fake, revision, spec, until
+from fuzz_budget import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,7 +125,7 @@ class Play:
         assert self.placed or sum(h.spec.size_bytes for h in kept) <= MEMORY
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(STEPS)
 def test_nothing_is_lost_leaked_or_taken_from_a_user(steps: Sequence[Step]) -> None:
     async def run() -> None:

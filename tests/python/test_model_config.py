@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz_budget import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -312,7 +313,7 @@ _KEYS = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     family=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
     changes=st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4),

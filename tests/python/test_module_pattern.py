@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from fuzz_budget import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +58,7 @@ PATTERNS = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(PATTERNS, st.text("abq_.1", max_size=7))
 def test_patterns_match_exactly_what_re_matches(pattern: str, name: str) -> None:
     budget = MatchBudget("pattern")
@@ -67,7 +68,7 @@ def test_patterns_match_exactly_what_re_matches(pattern: str, name: str) -> None
     assert ours.matches_whole(name, budget) is (re.fullmatch(pattern, name) is not None)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.text(r"ab(|)[]^-$*+?{},1\d.", max_size=12))
 def test_any_pattern_text_is_answered_as_re_does_or_refused(pattern: str) -> None:
     try:

@@ -106,7 +106,7 @@ def test_a_node_from_its_start_to_sigterm(node: tuple[subprocess.Popen[str], Pat
             assert seen["loraserve_queue_depth"] == 0
             assert seen['loraserve_pages{use="adapter"}'] > 0
             assert seen['loraserve_pages{use="free"}'] > 0
-            assert seen['loraserve_adapter_resident{state="host"}'] == 1
+            assert seen['loraserve_adapter_resident{state="device"}'] == 1
 
             # What runs when the signal comes goes on to its end.
             long = {"max_tokens": 200, "ignore_eos": True}

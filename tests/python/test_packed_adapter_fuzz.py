@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz_budget import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +71,7 @@ def check(data: bytes, original: bytes) -> None:
 WHICH = st.integers(0, len(BLOBS) - 1)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(WHICH, st.lists(st.tuples(st.integers(0, 1 << 14), st.integers(0, 255)), max_size=4))
 def test_flipped_bytes(which: int, flips: list[tuple[int, int]]) -> None:
     data = bytearray(BLOBS[which])
@@ -90,7 +91,7 @@ def test_every_single_bit_of_the_header_matters(which: int) -> None:
         assert found is None or found.revision != revision
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(WHICH, st.integers(0, 1 << 14), st.binary(max_size=99))
 def test_truncated_and_extended(which: int, cut: int, tail: bytes) -> None:
     blob = BLOBS[which]
@@ -99,7 +100,7 @@ def test_truncated_and_extended(which: int, cut: int, tail: bytes) -> None:
     check(blob + tail, blob)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(WHICH, WHICH, st.integers(0, 1 << 14), st.integers(0, 1 << 14))
 def test_spliced_from_two_adapters(one: int, other: int, here: int, there: int) -> None:
     a, b = BLOBS[one], BLOBS[other]
@@ -111,7 +112,7 @@ FIELDS = ((8, 4), (12, 4), (16, 8), (24, 4), (28, 4), (32, 4), (36, 4), (40, 4),
 MODULE_FIELDS = ((0, 4), (4, 1), (5, 1), (6, 2), (8, 4), (12, 4), (16, 8), (24, 8), (32, 8))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(
     st.sampled_from(FIELDS + tuple((88 + at, size) for at, size in MODULE_FIELDS)),
     st.one_of(
@@ -128,7 +129,7 @@ def test_replaced_numbers(field: tuple[int, int], value: int) -> None:
     check(bytes(data), BLOBS[0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.binary(max_size=400))
 @example(b"LORAPACK" + bytes(72))
 def test_noise(noise: bytes) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from fuzz_budget import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizer_makers import MAKERS
@@ -69,7 +70,7 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @example(header={"a": {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]}}, size=0)
 @given(
     header=st.dictionaries(st.sampled_from(["a", "b", "c", "__metadata__"]), ENTRY | JSON) | JSON,
@@ -83,7 +84,7 @@ def test_safetensors_headers(scratch: Path, header: Any, size: int) -> None:
     assert sum(view.data.nbytes for view in views.values()) == size
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(data=st.data(), shapes=st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=4))
 def test_safetensors_offsets(scratch: Path, data: st.DataObject, shapes: list[list[int]]) -> None:
     """Valid files with one offset moved: an overlap, a gap or bytes out of the file are refused."""
@@ -145,7 +146,7 @@ def matrices(rank: int) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(
     rank=st.integers(1, 9),
     changes=st.dictionaries(st.sampled_from(FIELDS), JSON | PLAUSIBLE, max_size=4),
@@ -159,7 +160,7 @@ def test_peft_configs(rank: int, changes: dict[str, Any]) -> None:
     assert math.isfinite(module.scaling)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @example(config={"": True}, tail="")
 @given(config=JSON, tail=st.sampled_from(["", "}", "\x00", " {}"]))
 def test_peft_config_files(scratch: Path, config: Any, tail: str) -> None:
@@ -214,7 +215,7 @@ def valid(scratch: Path) -> list[tuple[Any, Any]]:
     return found
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(data=st.data())
 def test_tokenizer_files(scratch: Path, valid: list[tuple[Any, Any]], data: st.DataObject) -> None:
     """One to three places of the files are changed; what still loads reads and writes text."""

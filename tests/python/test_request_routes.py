@@ -18,6 +18,7 @@ from loraserve.errors import (
 )
 from loraserve.sampling_params import SamplingParams
 from loraserve.v1.inference_pb2 import GenerateRequest
+from loraserve.wire_errors import abort
 
 ONE = SamplingParams(max_tokens=1)
 
@@ -242,5 +243,52 @@ def test_a_node_that_left_the_table_is_asked_no_more() -> None:
                 await until(lambda: asks.site.router.table.version == 2, "table 2")
                 await asks.answer(ONE)
                 assert (len(one.requests), len(two.requests)) == (1, 1)
+
+    run(test)
+
+
+def test_the_revision_of_the_table_is_asked_for_and_the_name_alone_where_that_is_gone() -> None:
+    async def test() -> None:
+        async def only_by_name(request: GenerateRequest, context: Any) -> None:
+            if request.adapter.HasField("revision"):
+                await abort(context, NotFoundError("adapter", "has no such revision"))
+            await context.write(finish(0))
+
+        async with bad_node(one_token) as current, bad_node(only_by_name) as ahead:
+            table = routes(
+                1,
+                nodes=[node_route("n1", current.address), node_route("n2", ahead.address)],
+                adapters=[adapter_route("sql", "n1"), adapter_route("rot13", "n2")],
+            )
+            (route,) = [a for a in table.adapters if a.adapter.name == "sql"]
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                await asks.answer(ONE, adapter="sql")
+                await asks.answer(ONE, adapter="rot13")
+        assert [r.adapter.revision for r in current.requests] == [route.revision]
+        asked = [(r.attempt, r.adapter.HasField("revision")) for r in ahead.requests]
+        assert asked == [(0, True), (1, False)]
+
+    run(test)
+
+
+def test_a_revision_that_the_caller_names_is_not_given_up() -> None:
+    async def test() -> None:
+        async def refuses(request: GenerateRequest, context: Any) -> None:
+            await abort(context, NotFoundError("adapter", "has no such revision"))
+
+        async with bad_node(refuses) as node:
+            table = routes(
+                1, nodes=[node_route("n1", node.address)], adapters=[adapter_route("sql", "n1")]
+            )
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                with pytest.raises(NotFoundError):
+                    await asks.answer(ONE, adapter="sql", revision="b" * 64)
+        assert [r.adapter.revision for r in node.requests] == ["b" * 64]
 
     run(test)

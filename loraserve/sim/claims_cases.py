@@ -1,0 +1,83 @@
+"""What the claims are measured on. Fixed before any policy runs."""
+
+from dataclasses import dataclass
+
+# Profiles of this name with the engines' endings.
+FAMILY = "a100-llama-3-8b"
+ENGINES = ("padded", "proportional")
+# Load of the comparison by nodes, memory and recovery.
+MIDDLE_LOAD = 0.6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload of the comparison. `shift`: when demand changes, as a part of the duration."""
+
+    name: str
+    workload: str
+    adapters: int = 100
+    nodes: int = 8
+    lengths: str = "azure_conv"
+    cv: float = 1.0
+    shift: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run. Loads are parts of what the case's nodes carry at the operating points of the
+    proportional engine. `node_cases`: those whose number of nodes is searched; `sensitive`: those
+    run with the LoRA coefficients times `scales`, and nearly without rank's effect."""
+
+    cases: tuple[Case, ...]
+    loads: tuple[float, ...]
+    duration_s: float
+    node_cases: tuple[str, ...]
+    node_counts: tuple[int, ...]
+    sensitive: tuple[str, ...]
+    scales: tuple[float, ...]
+    interval_s: float = 60.0
+
+
+CASES = (
+    Case("uniform", "uniform"),
+    Case("zipf-100", "zipf"),
+    Case("zipf-400", "zipf", adapters=400),
+    Case("zipf-1000", "zipf", adapters=1000),
+    Case("zipf-bursty", "zipf", cv=4.0),
+    Case("zipf-code", "zipf", lengths="azure_code"),
+    Case("zipf-answers", "zipf", lengths="uniform"),
+    Case("hot-large", "hot_large"),
+    Case("hot-small", "hot_small"),
+    Case("drift", "drift"),
+    Case("drift-answers", "drift", lengths="uniform"),
+    Case("drift-step", "drift_step", shift=0.5),
+    Case("servegen", "servegen", adapters=213),
+    Case("flash", "flash", shift=1 / 3),
+    Case("slora-200", "slora", adapters=200, lengths="uniform"),
+    Case("slora-1000", "slora", adapters=1000, lengths="uniform"),
+    Case("one-rank", "one_rank"),
+    Case("two-nodes", "zipf", nodes=2),
+)
+FULL = Plan(
+    CASES,
+    loads=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
+    duration_s=600.0,
+    node_cases=("uniform", "zipf-100", "zipf-answers", "drift", "servegen"),
+    node_counts=(4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20),
+    sensitive=("uniform", "zipf-answers", "drift", "slora-1000"),
+    scales=(0.5, 2.0),
+)
+QUICK = Plan(
+    (
+        Case("zipf", "zipf", adapters=40, nodes=4),
+        Case("answers", "uniform", adapters=40, nodes=4, lengths="uniform"),
+        Case("drift-step", "drift_step", adapters=40, nodes=4, shift=0.5),
+    ),
+    loads=(0.6, 0.9),
+    duration_s=60.0,
+    node_cases=("zipf",),
+    node_counts=(3, 5),
+    sensitive=("answers",),
+    scales=(2.0,),
+    interval_s=15.0,
+)

@@ -1,0 +1,89 @@
+"""Profiles as JSON: the ones that ship (tools/make_profiles.py) and those of `loraserve bench
+profile`."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from loraserve.errors import InvalidArgumentError, NotFoundError
+from loraserve.placement.cost_model import CostModel, Profile
+
+DEFAULT_PROFILE = "a100-llama-3-8b-proportional"
+_SHIPPED = Path(__file__).parent / "profiles"
+# What a token takes in the KV cache in bfloat16: adapters share the memory with it.
+_KV_TOKEN_BYTES = {"Llama-2-7B": 524288, "Llama-3-8B": 131072}
+
+
+def shipped_profiles() -> list[str]:
+    """Names of the profiles that ship."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.json"))
+
+
+def kv_token_bytes(profile: Profile) -> int:
+    """0 where the base is not known here: adapters then take no room from the KV cache."""
+    return _KV_TOKEN_BYTES.get(profile.base, 0)
+
+
+def load_profile(name: str) -> Profile:
+    """By the name of a shipped one or the path of a file. Raises NotFoundError,
+    InvalidArgumentError."""
+    path = _SHIPPED / f"{name}.json"
+    if not path.is_file():
+        path = Path(name)
+    try:
+        text = path.read_text()
+    except OSError:
+        names = ", ".join(shipped_profiles())
+        raise NotFoundError("profile", f"{name!r} is no file and none of: {names}") from None
+    except UnicodeDecodeError:
+        raise InvalidArgumentError("profile", f"{name} is not text") from None
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise InvalidArgumentError("profile", f"{name} is not JSON: {error}") from None
+    return _profile(name, raw)
+
+
+def _profile(name: str, raw: Any) -> Profile:
+    if isinstance(raw, Mapping):  # what `loraserve bench profile` tells beside the profile
+        raw = {key: value for key, value in raw.items() if key != "measured"}
+    values = _checked(name, raw, Profile)
+    values["cost"] = CostModel(**_checked(f"{name}: cost", values["cost"], CostModel))
+    profile = Profile(**values)
+    if profile.cost.step_s <= 0 and profile.cost.decode_token_s <= 0:
+        raise InvalidArgumentError("profile", f"{name}: a decode step must take time")
+    if not 0 < profile.max_sequences <= profile.max_batch_tokens:
+        raise InvalidArgumentError(
+            "profile", f"{name}: max_sequences is not within 1 and max_batch_tokens"
+        )
+    return profile
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    if wanted is int or wanted is float:
+        if isinstance(value, bool) or not isinstance(value, int if wanted is int else int | float):
+            return False
+        return math.isfinite(value) and value >= 0
+    return isinstance(value, wanted) if wanted in (str, bool) else True
+
+
+def _checked(name: str, raw: Any, of: type) -> dict[str, Any]:
+    """The fields of a dataclass with their types, numbers finite and not negative."""
+    if not isinstance(raw, Mapping):
+        raise InvalidArgumentError("profile", f"{name} is not an object")
+    known = {f.name: f for f in fields(of)}
+    if unknown := sorted(set(raw) - set(known)):
+        raise InvalidArgumentError("profile", f"{name}: unknown field {unknown[0]!r}")
+    for field in known.values():
+        if field.name not in raw:
+            # Fields without a default are those that the class itself does not know a value for.
+            if not hasattr(of, field.name):
+                raise InvalidArgumentError("profile", f"{name}: {field.name} is missing")
+            continue
+        value = raw[field.name]
+        if not _fits(value, field.type):
+            raise InvalidArgumentError("profile", f"{name}: {field.name} is {value!r}")
+    return dict(raw)

@@ -1,0 +1,124 @@
+"""The demand tracker: smoothing, headroom, priors, rubbish, and what idle adapters cost."""
+
+import math
+
+import pytest
+
+from loraserve.placement.demand import FLOOR, DemandTracker, bursts
+from loraserve.placement.types import AdapterId, Demand
+
+
+def adapter(name: str) -> AdapterId:
+    return AdapterId("t", "base", name)
+
+
+A, B = adapter("a"), adapter("b")
+
+
+def started() -> DemandTracker:
+    tracker = DemandTracker()
+    assert not tracker.close_window(0.0)
+    return tracker
+
+
+def test_rates_are_smoothed() -> None:
+    tracker = started()
+    tracker.add(A, 600, 200)
+    tracker.add(A, 0, 100)
+    assert tracker.close_window(10.0)
+    assert tracker.rates[A] == Demand(pytest.approx(48.0), pytest.approx(24.0))
+    assert tracker.close_window(20.0)
+    assert tracker.rates[A].prefill == pytest.approx(0.2 * 48)
+
+
+def test_hot_adapters_get_their_mean_absolute_deviation() -> None:
+    tracker = started()
+    tokens, forecast, deviation = [1000, 3000, 500, 2500], 0.0, 0.0
+    for second, count in enumerate(tokens, 1):
+        tracker.add(A, count, 0)
+        tracker.close_window(float(second))
+        deviation = 0.8 * abs(count - forecast) + 0.2 * deviation
+        forecast = 0.8 * count + 0.2 * forecast
+    assert tracker.rates[A].prefill == pytest.approx(forecast)
+    assert tracker.demand()[A].prefill == pytest.approx(forecast + deviation)
+
+
+def test_cold_adapters_get_no_headroom() -> None:
+    tracker = started()
+    for second in (1.0, 2.0):
+        tracker.add(A, 100_000, 0)
+        tracker.add(B, 10 * second, 0)
+        tracker.close_window(second)
+    assert tracker.demand()[B] == tracker.rates[B]
+    assert tracker.demand()[A].prefill > tracker.rates[A].prefill
+
+
+def test_a_new_adapter_is_given_the_mean_of_its_rank_for_two_windows() -> None:
+    tracker = started()
+    for name, rank in (("a", 8), ("b", 8), ("c", 64)):
+        tracker.admit(adapter(name), rank)
+    for name, tokens in (("a", 300), ("b", 100), ("c", 5000)):
+        tracker.add(adapter(name), tokens, 0)
+    tracker.close_window(1.0)
+    tracker.admit(adapter("new8"), 8)
+    tracker.admit(adapter("new16"), 16)
+    assert tracker.demand()[adapter("new8")].prefill == pytest.approx(0.8 * 400 / 2)
+    assert tracker.demand()[adapter("new16")].prefill == pytest.approx(0.8 * 5400 / 4)
+    tracker.close_window(2.0)
+    assert adapter("new8") in tracker.demand()
+    tracker.close_window(3.0)
+    assert adapter("new8") not in tracker.demand()
+
+
+def test_a_used_adapter_has_no_prior_and_a_forgotten_one_nothing() -> None:
+    tracker = started()
+    tracker.admit(A, 8)
+    tracker.admit(B, 8)
+    tracker.add(A, 100, 0)
+    tracker.close_window(1.0)
+    assert tracker.demand()[A].prefill == pytest.approx(80 * 2)  # with headroom
+    tracker.forget(A)
+    tracker.forget(B)
+    assert tracker.demand() == {}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1, 1e300])
+def test_rubbish_is_ignored_and_counted(bad: float) -> None:
+    tracker = started()
+    tracker.add(A, 100, 100)
+    tracker.add(A, bad, 1)
+    tracker.add(A, 1, bad)
+    assert tracker.ignored == 2
+    tracker.close_window(1.0)
+    assert tracker.rates[A] == Demand(80, 80)
+
+
+@pytest.mark.parametrize("bad", [5.0, 4.0, -1.0, math.nan, math.inf])
+def test_a_clock_that_does_not_rise_is_ignored_and_counted(bad: float) -> None:
+    tracker = started()
+    tracker.close_window(5.0)
+    tracker.add(A, 100, 0)
+    assert not tracker.close_window(bad)
+    assert tracker.ignored == 1
+    assert tracker.close_window(6.0)
+    assert tracker.rates[A].prefill == pytest.approx(80.0)
+
+
+def test_idle_adapters_cost_nothing() -> None:
+    tracker = started()
+    for i in range(1000):
+        tracker.admit(adapter(f"a{i}"), 8)
+        tracker.add(adapter(f"a{i}"), 1000, 0)
+    for second in range(1, 12):
+        tracker.add(A, 1000, 0)
+        tracker.close_window(float(second))
+    assert set(tracker._rates) == {A}
+    assert not tracker._new
+    assert FLOOR < 0.1
+
+
+def test_bursts_are_those_far_over_the_plan() -> None:
+    planned = {A: Demand(10, 0), B: Demand(100, 0)}
+    c, d = adapter("c"), adapter("d")
+    now = {A: Demand(30, 20), B: Demand(300, 0), c: Demand(0, 5), d: Demand(0, 0.5)}
+    assert bursts(now, planned) == [A, c]

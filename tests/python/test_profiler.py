@@ -1,0 +1,106 @@
+"""Profiles of an engine: the fit against a known model, and a short sweep of the real engine."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loraserve.cli import main
+from loraserve.demo import MODEL_DIRECTORY
+from loraserve.errors import InvalidArgumentError
+from loraserve.placement.cost_model import CostModel, Slo, StepLoad
+from loraserve.placement.operating_point import LengthMix
+from loraserve.profiler.fit import COEFFICIENTS, Point, evaluate, fit_cost_model
+from loraserve.profiler.profile_engine import ProfileOptions, measure, to_json
+from loraserve.profiler.sweep import Grid, scenarios
+from loraserve.sim.profile_files import load_profile
+
+TRUE = CostModel(4e-4, 3e-5, 5e-5, 2e-8, 1e-8, 3e-7, 0.0, 2e-5, 3e-11)
+
+
+def synthetic(count: int, noise: float, seed: int = 0) -> list[Point]:
+    rng = np.random.default_rng(seed)
+    points = []
+    for _ in range(count):
+        prefill, decode = int(rng.integers(0, 400)), int(rng.integers(0, 32))
+        adapters = int(rng.integers(0, min(8, prefill + decode) + 1))
+        rank = int(rng.choice([8, 16, 64, 128]))
+        load = StepLoad(
+            prefill_tokens=prefill,
+            decode_tokens=decode,
+            context_tokens=decode * int(rng.integers(10, 200)),
+            chunk_context=prefill * prefill / 2,
+            token_ranks=rank * (prefill + decode) if adapters else 0,
+            adapters=adapters,
+            adapter_bytes=adapters * rank * 30_000,
+        )
+        if prefill + decode:
+            times = TRUE.seconds(load) * (1 + noise * rng.standard_normal(5))
+            points.append(Point(load, tuple(float(t) for t in times)))
+    return points
+
+
+def test_the_fit_finds_the_model_that_made_the_points() -> None:
+    used = [name for name in COEFFICIENTS if name != "token_max_rank_s"]
+    found = fit_cost_model(synthetic(200, 0.0), used)
+    for name in COEFFICIENTS:
+        assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6), name
+    noisy = fit_cost_model(synthetic(400, 0.02), used)
+    report = evaluate(noisy, 400, synthetic(100, 0.0, seed=1))
+    assert report.error_p95 < 0.02
+    assert report.held_out_points <= 100
+    assert evaluate(noisy, 400, synthetic(100, 0.02, seed=1)).noise_p50 < 0.02
+    wrong = CostModel(**(vars(TRUE) | {"decode_token_s": 2 * TRUE.decode_token_s}))
+    assert evaluate(wrong, 400, synthetic(100, 0.0, seed=1)).error_p95 > 0.05
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="points"):
+        fit_cost_model(synthetic(5, 0.0))
+
+
+def test_scenarios_keep_to_what_the_engine_takes() -> None:
+    for scenario in scenarios(Grid(), 2, 16, 100):
+        assert len(scenario.adapters) < 16
+        assert all(tokens <= 100 for tokens in scenario.prefills)
+        assert all(a is None or a[1] < 2 for a in scenario.adapters)
+
+
+def test_a_sweep_of_the_engine_gives_a_profile_that_the_simulator_reads(tmp_path: Path) -> None:
+    grid = Grid((1, 8), (16, 64), (8, 128), adapters_per_rank=2, repeats=5)
+    measured = measure(ProfileOptions(model=MODEL_DIRECTORY, base="demo", threads=1, grid=grid))
+    assert measured.report.held_out_points >= 5
+    assert (
+        measured.report.error_p50 < 0.5
+    )  # this machine may be busy; the profile is for quiet ones
+    cost = measured.profile.cost
+    assert cost.prefill_token_s > 0
+    # Four layers of seven modules, float32, ranks rounded up to 8: some 27 kB for each rank.
+    assert 27_000 < measured.profile.bytes_per_rank < 60_000
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(to_json(measured, Slo(), LengthMix(64, 32, 4))))
+    assert load_profile(str(path)) == measured.profile
+    rates = json.loads(path.read_text())["measured"]["operating_points_tokens_per_s"]
+    falling = [rates[rank] for rank in ("8", "32", "128", "512")]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[0] > falling[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["--model", "/nowhere", "-o", "OUT"], "config.json: not found in 'nowhere'"),
+        (["--model", "MODEL", "-o", "OUT", "--repeats", "1"], "repeats"),
+        (["--model", "MODEL", "-o", "/nowhere/p.json"], "o"),
+        (["--model", "MODEL", "-o", "OUT", "--device", "abacus"], "device"),
+        (["--model", "MODEL", "-o", "OUT", "--memory-bytes", "1000000"], "memory_bytes"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused(
+    words: list[str], field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {"OUT": str(tmp_path / "p.json"), "MODEL": str(MODEL_DIRECTORY)}
+    assert main(["bench", "profile", *(known.get(word, word) for word in words)]) == 1
+    assert f"loraserve: {field}" in capsys.readouterr().err
+    assert not (tmp_path / "p.json").exists()
