@@ -210,6 +210,26 @@ def core(adapters: list[AdapterSpec], nodes: int, seed: int) -> tuple[dict[str, 
     return out, cluster
 
 
+def restart(cluster: Cluster) -> dict[str, float]:
+    """A controller that comes back: its core from the registry, then all nodes report."""
+    state = cluster.state
+    histories = [state.history(a) for a in state.routes.adapters]
+    placement = {a: t.nodes for a, t in state._targets.all.items()}
+    reports = {n: tuple(node.copies.values()) for n, node in state.nodes.items()}
+    begin = time.perf_counter()
+    policy = policy_named(DEFAULT_POLICY)
+    again = ControllerState(cluster.settings, policy, 2, histories, placement)
+    made_s = time.perf_counter() - begin
+    for node_id, copies in reports.items():
+        again.step(NodeRegistered(state.nodes[node_id].record))
+        again.step(Heartbeat(node_id, 1, 1, copies))
+    return {
+        "core_made_s": round(made_s, 2),
+        "all_routed_s": round(time.perf_counter() - begin, 2),
+        "unrouted": again.unrouted,
+    }
+
+
 def client_table(cluster: Cluster) -> dict[str, float]:
     """The table as a client of all tenants gets it."""
 
@@ -311,6 +331,7 @@ def main() -> int:
         "adapters": arguments.adapters,
         "nodes": arguments.nodes,
         "core": measured,
+        "restart": restart(cluster),
         "client_table": client_table(cluster),
     }
     del cluster

@@ -4,7 +4,6 @@ A route table of 100,000 adapters changes by the second while watchers, metrics 
 still read older versions of it. Copying it each time would cost milliseconds, a shard costs one.
 """
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -16,12 +15,11 @@ SHARDS = 1024
 
 
 def _shard(adapter: AdapterId) -> int:
-    """The same in every process, so that the order of iteration is."""
-    return zlib.crc32(adapter.name.encode()) % SHARDS
+    return hash(adapter.name) % SHARDS
 
 
 class AdapterMap(Mapping[AdapterId, V]):
-    """In no order that means anything."""
+    """In no order that means anything; it is another one in every process."""
 
     __slots__ = ("_count", "_shards")
 
@@ -31,6 +29,10 @@ class AdapterMap(Mapping[AdapterId, V]):
 
     def __getitem__(self, adapter: AdapterId) -> V:
         return self._shards[_shard(adapter)][adapter]
+
+    def find(self, adapter: AdapterId) -> V | None:
+        """As `get`, and quicker."""
+        return self._shards[_shard(adapter)].get(adapter)
 
     def __contains__(self, adapter: object) -> bool:
         return isinstance(adapter, AdapterId) and adapter in self._shards[_shard(adapter)]

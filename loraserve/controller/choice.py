@@ -61,7 +61,7 @@ class RouteChoice:
             return self._planner.unplaced[adapter]
         wanted = self._planner.targets[adapter].nodes
         nodes = self._members.nodes
-        present = [n for n in wanted if n in nodes and not nodes[n].draining]
+        present = [n for n in wanted if n in nodes and nodes[n].reported and not nodes[n].draining]
         if present:
             return f"loading on {', '.join(present)}"
         return f"waiting for {', '.join(wanted)}" if wanted else "waiting for placement"
@@ -76,13 +76,12 @@ def _holders(serving: list[tuple[Node, Copy]], wanted: Target) -> tuple[RouteHol
     """The targets by their shares. Until all of them serve, those that are to go help on, with what
     the missing ones would get."""
     weights = wanted.weights
-    ids = [node.record.node_id for node, _ in serving]
-    missing = sum(w for n, w in weights.items() if n not in ids)
-    others = [n for n in ids if n not in weights]
-    if weights and not missing:
-        others = []
-    each = max(1, round((missing if weights else WHOLE_WEIGHT) / max(1, len(others))))
-    weights |= dict.fromkeys(others, each)
+    ids = {node.record.node_id for node, _ in serving}
+    if weights.keys() != ids:
+        missing = sum(w for n, w in weights.items() if n not in ids)
+        others = ids - weights.keys() if missing or not weights else set()
+        each = max(1, round((missing if weights else WHOLE_WEIGHT) / max(1, len(others))))
+        weights |= dict.fromkeys(others, each)
     return tuple(
         RouteHolder(node.record.node_id, weights[node.record.node_id], copy.state)
         for node, copy in serving

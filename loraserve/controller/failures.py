@@ -65,9 +65,10 @@ class LoadFailures:
 
     def why(self, key: CopyKey) -> str | None:
         """What went wrong with a revision, on the first node where it did."""
-        for (node_id, revision), failure in sorted(
-            self._failures.get(key[0], {}).items(), key=lambda item: item[0]
-        ):
+        known = self._failures.get(key[0])
+        if known is None:
+            return None
+        for (node_id, revision), failure in sorted(known.items(), key=lambda item: item[0]):
             if revision == key[1]:
                 return f"loading failed on {node_id}: {failure.why}"
         return None

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -103,6 +104,9 @@ async def _serve(server: ControllerServer, arguments: argparse.Namespace) -> Non
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     try:
         await server.start()
+        # A registry of 100,000 adapters stays: looking for garbage in it costs heartbeats.
+        gc.collect()
+        gc.freeze()
         port_file.write(server.address)
         metrics_port_file.write(server.metrics_address)
         if server.metrics_address:

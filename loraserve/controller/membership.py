@@ -221,7 +221,10 @@ class Membership:
 
     def holders(self, adapter: AdapterId) -> list[Node]:
         """Nodes with a copy of some revision, by id."""
-        return [self.nodes[n] for n in sorted(self._holders.get(adapter, ()))]
+        ids = self._holders.get(adapter)
+        if ids is None:
+            return []
+        return [self.nodes[n] for n in (ids if len(ids) == 1 else sorted(ids))]
 
     def unlink(self, node_id: str, incarnation: int, tick: int) -> Node | None:
         """The node whose stream has ended; None where that is nothing new."""

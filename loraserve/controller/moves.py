@@ -76,6 +76,8 @@ class Moves:
                 continue
             nodes = [self._members.nodes.get(n) for n in self._targets[adapter].nodes]
             wanting = [n for n in nodes if n and n.takes_loads and self._wants(n, spec, tick)]
+            if not wanting:
+                continue
             served = any(self._serves(n, spec) for n in self._members.holders(adapter))
             (others if served else urgent).extend((spec, node) for node in wanting)
         if self._settings.move_bytes is not None:

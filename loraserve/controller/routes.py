@@ -104,8 +104,19 @@ class RouteWriter:
         """`adapters` and `nodes`: entries that may have changed, None for those that are gone.
         Where something did change, `table` is a new one."""
         known = self._adapters
-        changed = {a: r for a, r in adapters.items() if r is not None and known.get(a) != r}
-        gone = [a for a, r in adapters.items() if r is None and a in known]
+        changed: dict[AdapterId, AdapterRoute] = {}
+        gone: list[AdapterId] = []
+        unrouted = self.unrouted
+        for adapter, route in adapters.items():
+            old = known.find(adapter)
+            if route == old:
+                continue
+            unrouted -= old is not None and not old.revisions
+            if route is None:
+                gone.append(adapter)
+            else:
+                changed[adapter] = route
+                unrouted += not route.revisions
         new_nodes = {
             n: r for n, r in nodes.items() if r is not None and self.table.nodes.get(n) != r
         }
@@ -118,9 +129,7 @@ class RouteWriter:
         )
         if not delta:
             return delta
-        for a in (*changed, *gone):
-            self.unrouted -= a in known and not known[a].revisions
-        self.unrouted += sum(not r.revisions for r in changed.values())
+        self.unrouted = unrouted
         if changed or gone:
             self._adapters = known.changed(changed, gone)
         node_table = self.table.nodes

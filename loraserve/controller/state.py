@@ -215,14 +215,15 @@ class ControllerState:
         replaced = self._members.register(record, self._tick)
         node_id = record.node_id
         if replaced is not None:
-            self._dirty |= replaced.revisions.keys()
+            self._dirty |= replaced.revisions.keys() | self._targets.on_node(node_id)
         if again:
             # What was sent with the old stream is not on its way any more.
             self._dirty |= self._targets.on_node(node_id)
             if known is not None and returns:
                 self._dirty |= known.revisions.keys()
             return
-        self._dirty |= self._failures.forget_node(node_id) | self._targets.on_node(node_id)
+        # What it is to hold is looked at when it has said what it holds.
+        self._dirty |= self._failures.forget_node(node_id)
         self._dirty_nodes.add(node_id)
         self._planner.request(self._tick + 1)  # nodes come together
 

@@ -21,6 +21,8 @@ class Target:
     @property
     def weights(self) -> dict[str, int]:
         """For routes: over 0, WHOLE_WEIGHT for all requests."""
+        if len(self.nodes) == 1:
+            return {self.nodes[0]: WHOLE_WEIGHT}
         return {n: max(1, round(WHOLE_WEIGHT * s)) for n, s in self.parts}
 
 
