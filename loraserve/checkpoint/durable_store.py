@@ -60,7 +60,9 @@ class DurableStore:
             self._filesystem.put_file(str(source), target)
             return
         directory = os.path.dirname(target)
-        os.makedirs(directory, exist_ok=True)
+        if not os.path.isdir(directory):
+            os.makedirs(directory, exist_ok=True)
+            _sync_directory(self._root)
         staged = f"{target}.{secrets.token_hex(8)}.part"
         try:
             with source.open("rb") as read, open(staged, "xb") as write:
@@ -74,6 +76,12 @@ class DurableStore:
             with contextlib.suppress(OSError):
                 os.unlink(staged)
             raise
+
+    def remove_staged(self) -> None:
+        """Removes what writers that were killed left; for the only writer, before it writes."""
+        if self._local:
+            for left in Path(self._root).glob(f"*/*{SUFFIX}.*.part"):
+                left.unlink(missing_ok=True)
 
     def size_bytes(self, revision: str) -> int:
         """Raises NotFoundError."""

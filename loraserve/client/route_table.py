@@ -4,51 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from loraserve.client.packed_routes import PackedRoutes
+from loraserve.client.routes import AdapterRoute as AdapterRoute
+from loraserve.client.routes import Holder as Holder
+from loraserve.client.routes import NodeRoute as NodeRoute
+from loraserve.client.routes import RevisionRoute as RevisionRoute
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.types import AdapterId
 from loraserve.security.identity import DEFAULT_TENANT
-
-
-@dataclass(frozen=True)
-class Holder:
-    """`state` is a ResidencyState of the wire; `weight` is relative to the other holders'."""
-
-    node_id: str
-    weight: int
-    state: int
-
-
-@dataclass(frozen=True)
-class RevisionRoute:
-    revision: str
-    holders: tuple[Holder, ...]
-    max_rank: int = 0
-    size_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class AdapterRoute:
-    """`revision` is what requests by name get; `unrouted_reason` is set where no node serves it."""
-
-    adapter: AdapterId
-    revision: str
-    revisions: tuple[RevisionRoute, ...] = ()
-    unrouted_reason: str = ""
-
-    def of(self, revision: str | None) -> RevisionRoute | None:
-        """The route of a revision, by default of that which requests by name get."""
-        wanted = revision or self.revision
-        return next((r for r in self.revisions if r.revision == wanted), None)
-
-
-@dataclass(frozen=True)
-class NodeRoute:
-    node_id: str
-    address: str
-    draining: bool = False
-    incarnation: int = 0
-    base: str = ""
-    base_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,16 +20,15 @@ class RouteTable:
 
     epoch: int = 0
     version: int = 0
-    adapters: Mapping[AdapterId, AdapterRoute] = field(default_factory=dict)
+    adapters: Mapping[AdapterId, AdapterRoute] = field(default_factory=PackedRoutes)
     nodes: Mapping[str, NodeRoute] = field(default_factory=dict)
     every_node: bool = False
 
     @cached_property
-    def _by_name(self) -> dict[str, list[AdapterRoute]]:
-        found: dict[str, list[AdapterRoute]] = {}
-        for adapter, route in self.adapters.items():
-            found.setdefault(adapter.name, []).append(route)
-        return found
+    def packed(self) -> PackedRoutes:
+        """`adapters`, as they came or packed now."""
+        routes = self.adapters
+        return routes if isinstance(routes, PackedRoutes) else PackedRoutes(routes.values())
 
     def find(self, base: str, name: str) -> AdapterRoute | None:
         """The route of an adapter; an empty base where the name alone is clear.
@@ -74,7 +36,7 @@ class RouteTable:
         A table shows the adapters of the caller's tenant. Only callers of servers without keys see
         those of others too, and are the default tenant. Raises InvalidArgumentError.
         """
-        found = [r for r in self._by_name.get(name, ()) if base in ("", r.adapter.base)]
+        found = [r for r in self.packed.named(name) if base in ("", r.adapter.base)]
         if len({r.adapter.tenant for r in found}) > 1:
             found = [r for r in found if r.adapter.tenant == DEFAULT_TENANT]
         if len(found) > 1:
@@ -109,14 +71,12 @@ class RouteUpdate:
 
 def updated(table: RouteTable, update: RouteUpdate) -> RouteTable:
     """`table` with the update applied, whatever its version."""
-    adapters = {} if update.full else dict(table.adapters)
+    adapters = PackedRoutes() if update.full else table.packed
     nodes = {} if update.full else dict(table.nodes)
-    for adapter in update.removed_adapters:
-        adapters.pop(adapter, None)
     for node_id in update.removed_nodes:
         nodes.pop(node_id, None)
-    adapters.update((route.adapter, route) for route in update.adapters)
     nodes.update((node.node_id, node) for node in update.nodes)
+    adapters = adapters.changed(update.adapters, update.removed_adapters)
     return RouteTable(update.epoch, update.version, adapters, nodes)
 
 

@@ -4,33 +4,33 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from itertools import islice
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
 from loraserve.controller.convert import (
     adapter_id_from_wire,
-    adapter_id_to_wire,
     command_to_wire,
     heartbeat_from_wire,
     load_to_wire,
     node_from_wire,
-    node_route_to_wire,
-    route_to_wire,
 )
-from loraserve.controller.events import AskRegister, NodeRecord, NodeRegistered
+from loraserve.controller.events import (
+    AskRegister,
+    AskResidency,
+    NodeRecord,
+    NodeRegistered,
+)
 from loraserve.controller.metrics import ControllerMetrics
-from loraserve.controller.routes import RouteTable, difference
+from loraserve.controller.route_messages import messages, sees
 from loraserve.controller.runtime import NodeLink, Runtime
+from loraserve.controller.status import status_of
+from loraserve.controller.whole_heartbeat import WholeHeartbeat
 from loraserve.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
-from loraserve.security import Identity, current_identity
+from loraserve.security import current_identity
 from loraserve.security.identity import check_revision
 from loraserve.v1 import controller_pb2, controller_pb2_grpc
 from loraserve.wire_errors import typed_errors
-
-# Keeps a message of a large table well below the limit of 4 MiB.
-ROUTES_PER_MESSAGE = 4000
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     ) -> controller_pb2.RegisterNodeResponse:
         record = node_from_wire(request)
         self._check_same_weights(record)
-        await self._runtime.apply(NodeRegistered(record))
+        await self._runtime.apply(NodeRegistered(record, request.heard_epoch))
         settings = self._runtime.settings
         period = Duration()
         period.FromMilliseconds(round(settings.tick_seconds * 1000))
@@ -76,9 +76,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         first = await anext(aiter(requests), None)
         if first is None:
             return
-        beat = heartbeat_from_wire(first)
-        node = self._runtime.state.nodes.get(beat.node_id)
-        if node is None or node.record.incarnation != beat.incarnation:
+        node = self._runtime.state.nodes.get(first.node_id)
+        if node is None or node.record.incarnation != first.incarnation:
             # Must not take the link from the node that is registered by this name.
             yield controller_pb2.HeartbeatResponse(
                 epoch=self._runtime.state.epoch, must_register=True
@@ -88,10 +87,12 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         reading = asyncio.create_task(self._read(first, requests, link))
         try:
             async for commands in link.messages():
+                everything, link.send_everything = link.send_everything, False
                 yield controller_pb2.HeartbeatResponse(
                     epoch=self._runtime.state.epoch,
                     commands=[command_to_wire(c) for c in commands],
                     must_register=link.must_register,
+                    send_full_residency=everything,
                 )
             if reading.done():
                 reading.result()  # raises what was wrong with a heartbeat
@@ -99,7 +100,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             reading.cancel()
             with contextlib.suppress(BaseException):
                 await reading
-            self._runtime.close_link(first.node_id, link)
+            await self._runtime.link_ended(link, first.incarnation)
 
     async def _read(
         self,
@@ -107,12 +108,15 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         requests: AsyncIterator[controller_pb2.HeartbeatRequest],
         link: NodeLink,
     ) -> None:
+        whole = WholeHeartbeat()
         try:
-            await self._take(first, link)
+            if beat := whole.take(first):
+                await self._take(beat, link)
             async for request in requests:
-                if request.node_id != link.node_id:
+                if (request.node_id, request.incarnation) != (link.node_id, first.incarnation):
                     raise InvalidArgumentError("node_id", "changed within the stream")
-                await self._take(request, link)
+                if beat := whole.take(request):
+                    await self._take(beat, link)
         finally:
             link.close()
 
@@ -129,22 +133,20 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         known = not any(isinstance(effect, AskRegister) for effect in effects)
         if known:
             self._metrics.node_load(request.node_id, request.load)
-        link.answer_beat(must_register=not known)
+        gap = any(isinstance(effect, AskResidency) for effect in effects)
+        link.answer_beat(must_register=not known, send_everything=gap)
 
     @typed_errors
     async def WatchRoutes(
         self, request: controller_pb2.WatchRoutesRequest, context: Any
     ) -> AsyncIterator[controller_pb2.WatchRoutesResponse]:
-        identity = current_identity()
-        sent: RouteTable | None = None
-        async for table in self._runtime.tables():
-            seen = _visible(table, identity, request.base)
-            known = (request.known_epoch, request.known_version) == (table.epoch, table.version)
-            if sent is None and known:
-                sent = seen
-            for message in _messages(sent, seen):
+        visible = sees(current_identity(), request.base)
+        known = (request.known_epoch, request.known_version)
+        first = True
+        async for changes in self._runtime.route_changes(known):
+            for message in messages(changes, visible, request.base, first):
                 yield message
-            sent = seen
+            first = False
 
     @typed_errors
     async def ResolveAdapter(
@@ -160,48 +162,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             raise NotFoundError("adapter", f"{adapter} does not exist")
         return controller_pb2.ResolveAdapterResponse(load=load_to_wire(spec))
 
-
-def _visible(table: RouteTable, identity: Identity, base: str) -> RouteTable:
-    """The part of the table that the caller may see and asked for."""
-    if identity.sees_all_tenants and not base:
-        return table
-    return RouteTable(
-        table.epoch,
-        table.version,
-        {
-            a: r
-            for a, r in table.adapters.items()
-            if (identity.sees_all_tenants or a.tenant == identity.tenant)
-            and (not base or a.base == base)
-        },
-        {i: n for i, n in table.nodes.items() if not base or n.base == base},
-    )
-
-
-def _messages(
-    sent: RouteTable | None, table: RouteTable
-) -> list[controller_pb2.WatchRoutesResponse]:
-    """What brings a watcher from `sent` (None: from nothing) to `table`. A first answer and every
-    change of what the watcher sees is told; other versions are not."""
-    delta = difference(sent or RouteTable(table.epoch, 0), table)
-    if sent is not None and not delta and sent.version != table.version:
-        return []
-    message = controller_pb2.WatchRoutesResponse(
-        epoch=table.epoch,
-        version=table.version,
-        full=sent is None,
-        nodes=[node_route_to_wire(n) for n in delta.nodes],
-        removed_adapters=[adapter_id_to_wire(a) for a in delta.removed_adapters],
-        removed_node_ids=delta.removed_nodes,
-    )
-    messages = [message]
-    routes = iter(delta.adapters)
-    message.adapters.extend(route_to_wire(r) for r in islice(routes, ROUTES_PER_MESSAGE))
-    while part := [route_to_wire(r) for r in islice(routes, ROUTES_PER_MESSAGE)]:
-        messages[-1].more = True
-        messages.append(
-            controller_pb2.WatchRoutesResponse(
-                epoch=table.epoch, version=table.version, adapters=part
-            )
-        )
-    return messages
+    @typed_errors
+    async def GetClusterStatus(
+        self, request: controller_pb2.GetClusterStatusRequest, context: Any
+    ) -> controller_pb2.GetClusterStatusResponse:
+        return status_of(self._runtime.state)

@@ -65,6 +65,8 @@ def node_from_wire(message: controller_pb2.RegisterNodeRequest) -> NodeRecord:
         message.base.digest,
         message.adapter_memory_bytes,
         message.limits.max_rank,
+        next((d.failure_domain[:64] for d in message.devices if d.failure_domain), ""),
+        message.relative_speed or 1.0,
     )
 
 
@@ -77,7 +79,12 @@ def heartbeat_from_wire(message: controller_pb2.HeartbeatRequest) -> Heartbeat:
         except ValueError:
             raise InvalidArgumentError("residency.state", f"{r.state} is unknown") from None
         revision = check_revision("residency.revision", r.revision)
-        copies.append(Copy(adapter_id_from_wire(r.adapter), revision, state, r.error.message))
+        adapter = adapter_id_from_wire(r.adapter)
+        copies.append(Copy(adapter, revision, state, r.error.message, r.size_bytes))
+    removed = tuple(
+        (adapter_id_from_wire(r.adapter), check_revision("removed.revision", r.revision))
+        for r in message.removed
+    )
     demand = tuple(
         DemandSample(adapter_id_from_wire(d.adapter), d.prefill_tokens, d.decode_tokens)
         for d in message.demand
@@ -96,6 +103,9 @@ def heartbeat_from_wire(message: controller_pb2.HeartbeatRequest) -> Heartbeat:
         failed,
         message.draining,
         message.applied_command_id,
+        message.since_generation,
+        removed,
+        message.epoch,
     )
 
 

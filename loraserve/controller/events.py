@@ -1,32 +1,17 @@
 """What the controller's core is told (events) and what it asks for (effects). Plain values."""
 
-import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from loraserve.controller.residency import Residency as Residency
+from loraserve.controller.routes import RouteDelta
 from loraserve.placement.types import AdapterId, AdapterSpec
-
-
-class Residency(enum.Enum):
-    """The words and numbers of ResidencyState on the wire."""
-
-    PENDING = 1
-    FETCHING = 2
-    DISK = 3
-    HOST = 4
-    DEVICE = 5
-    DRAINING = 6
-    FAILED = 7
-
-    @property
-    def serves(self) -> bool:
-        """Whether a request that arrives now waits for no fetch."""
-        return self in (Residency.HOST, Residency.DEVICE)
 
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """A node as it registered itself."""
+    """A node as it registered itself. `domain`: nodes that fail together carry the same word; ""
+    is a domain of its own. `speed` is relative to the profile that placement counts with."""
 
     node_id: str
     incarnation: int
@@ -35,16 +20,20 @@ class NodeRecord:
     base_digest: str
     adapter_memory_bytes: int
     max_rank: int = 0
+    domain: str = ""
+    speed: float = 1.0
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One revision on one node, as the node reports it. `error` says why, where it failed."""
+    """One revision on one node, as the node reports it. `error` says why, where it failed;
+    `size_bytes` is what it takes there, 0 where the node does not say."""
 
     adapter: AdapterId
     revision: str
     state: Residency
     error: str = ""
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +41,8 @@ class DemandSample:
     """Tokens of one adapter since the node's heartbeat before."""
 
     adapter: AdapterId
-    prefill_tokens: int
-    decode_tokens: int
+    prefill_tokens: float
+    decode_tokens: float
 
 
 # Events
@@ -61,14 +50,19 @@ class DemandSample:
 
 @dataclass(frozen=True)
 class NodeRegistered:
+    """`heard_epoch`: the highest that the node has heard of; 0 for none."""
+
     node: NodeRecord
+    heard_epoch: int = 0
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """`copies` is everything that the node holds; `generation` rises when that changes.
-    `failed` are loads that ended in an error since the heartbeat before: (command id, why).
-    `applied_command` is the highest command id whose effect `copies` show."""
+    """`generation` rises whenever what the node holds changes. `copies` is everything it holds at
+    `generation`; or, where `since_generation` is not 0, what changed between the two, and `removed`
+    what went. `failed` are loads that ended in an error since the heartbeat before: (command id,
+    why). `applied_command` is the highest command id whose effect `copies` show. `epoch` is the
+    one that the node registered in; 0 where it does not say."""
 
     node_id: str
     incarnation: int
@@ -78,6 +72,17 @@ class Heartbeat:
     failed: tuple[tuple[int, str], ...] = ()
     draining: bool = False
     applied_command: int = 0
+    since_generation: int = 0
+    removed: tuple[tuple[AdapterId, str], ...] = ()
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class LinkLost:
+    """The heartbeat stream of the node has ended; a live node opens another soon."""
+
+    node_id: str
+    incarnation: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,9 @@ class Tick:
     """One heartbeat period has passed; the core's only sense of time."""
 
 
-Event = NodeRegistered | Heartbeat | AdapterAdded | AdapterUpdated | AdapterRemoved | Tick
+Event = (
+    NodeRegistered | Heartbeat | LinkLost | AdapterAdded | AdapterUpdated | AdapterRemoved | Tick
+)
 
 
 # Effects, to be carried out in their order
@@ -110,9 +117,12 @@ Event = NodeRegistered | Heartbeat | AdapterAdded | AdapterUpdated | AdapterRemo
 
 @dataclass(frozen=True)
 class SavePlacement:
-    """Make it durable before what follows is carried out."""
+    """Make it durable before what follows is carried out. `holders` and `shares` of adapters whose
+    placement changed; `removed` have none any more."""
 
     holders: Mapping[AdapterId, tuple[str, ...]]
+    shares: Mapping[AdapterId, tuple[float, ...]] = field(default_factory=dict)
+    removed: tuple[AdapterId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,9 +142,10 @@ class SendDrop:
 
 @dataclass(frozen=True)
 class PublishRoutes:
-    """The table of `ControllerState.routes` has this version now."""
+    """The table of `ControllerState.routes` has this version now, `delta` after the one before."""
 
     version: int
+    delta: RouteDelta = field(default_factory=RouteDelta)
 
 
 @dataclass(frozen=True)
@@ -151,4 +162,29 @@ class AskRegister:
     incarnation: int
 
 
-Effect = SavePlacement | SendLoad | SendDrop | PublishRoutes | NodeLost | AskRegister
+@dataclass(frozen=True)
+class AskResidency:
+    """What the node said does not follow what is known of it: it is to say everything again."""
+
+    node_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class TellOperator:
+    """For the log: the wanted number of nodes has changed, or (`trouble`) placement has failed."""
+
+    message: str
+    trouble: bool = False
+
+
+Effect = (
+    SavePlacement
+    | SendLoad
+    | SendDrop
+    | PublishRoutes
+    | NodeLost
+    | AskRegister
+    | AskResidency
+    | TellOperator
+)

@@ -19,53 +19,81 @@ class _Failure:
     last_tick: int
 
 
+_Place = tuple[str, str]  # node id and revision
+
+
 class LoadFailures:
     """Times are ticks. Waits double with every failure, up to MAX_BACKOFF_TICKS."""
 
     def __init__(self) -> None:
-        self._failures: dict[tuple[str, CopyKey], _Failure] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._failures)
+        self._failures: dict[AdapterId, dict[_Place, _Failure]] = {}
 
     def record(self, node_id: str, key: CopyKey, why: str, tick: int) -> bool:
         """Whether placement should avoid the pair from now on."""
-        place = (node_id, key)
-        count = self._failures[place].count + 1 if place in self._failures else 1
+        adapter, revision = key
+        known = self._failures.setdefault(adapter, {})
+        before = known.get((node_id, revision))
+        count = before.count + 1 if before else 1
         retry = tick + min(2**count, MAX_BACKOFF_TICKS)
-        self._failures[place] = _Failure(count, why, retry, tick)
+        known[node_id, revision] = _Failure(count, why, retry, tick)
         return count >= FAILURES_TO_FORBID
 
     def succeeded(self, node_id: str, key: CopyKey) -> None:
-        self._failures.pop((node_id, key), None)
+        if key[0] in self._failures:
+            self._keep({key[0]}, lambda place, _: place != (node_id, key[1]))
 
-    def may_retry(self, node_id: str, key: CopyKey, tick: int) -> bool:
-        failure = self._failures.get((node_id, key))
-        return failure is None or tick >= failure.retry_tick
+    def retry_tick(self, node_id: str, key: CopyKey) -> int:
+        """From when on a load may be tried; 0 where none failed."""
+        failure = self._failures.get(key[0], {}).get((node_id, key[1]))
+        return failure.retry_tick if failure else 0
 
     def forbidden(self) -> frozenset[tuple[AdapterId, str]]:
         """Pairs of adapter and node that failed too often lately."""
         return frozenset(
-            (key[0], node_id)
-            for (node_id, key), f in self._failures.items()
-            if f.count >= FAILURES_TO_FORBID
+            (adapter, node_id)
+            for adapter, known in self._failures.items()
+            for (node_id, _), failure in known.items()
+            if failure.count >= FAILURES_TO_FORBID
+        )
+
+    def forbidden_for(self, adapter: AdapterId) -> frozenset[tuple[AdapterId, str]]:
+        """Those of `forbidden` that are the adapter's."""
+        known = self._failures.get(adapter, {})
+        return frozenset(
+            (adapter, n) for (n, _), f in known.items() if f.count >= FAILURES_TO_FORBID
         )
 
     def why(self, key: CopyKey) -> str | None:
         """What went wrong with a revision, on the first node where it did."""
-        for (node_id, failed), failure in sorted(self._failures.items(), key=lambda i: i[0]):
-            if failed == key:
+        known = self._failures.get(key[0])
+        if known is None:
+            return None
+        for (node_id, revision), failure in sorted(known.items(), key=lambda item: item[0]):
+            if revision == key[1]:
                 return f"loading failed on {node_id}: {failure.why}"
         return None
 
-    def forget_node(self, node_id: str) -> None:
-        self._keep(lambda place, _: place[0] != node_id)
+    def forget_node(self, node_id: str) -> set[AdapterId]:
+        """Which adapters had failed there."""
+        return self._keep(set(self._failures), lambda place, _: place[0] != node_id)
 
     def forget_adapter(self, adapter: AdapterId) -> None:
-        self._keep(lambda place, _: place[1][0] != adapter)
+        self._failures.pop(adapter, None)
 
-    def forget_before(self, tick: int) -> None:
-        self._keep(lambda _, failure: failure.last_tick >= tick)
+    def forget_before(self, tick: int) -> set[AdapterId]:
+        """Which adapters had failed last before the tick."""
+        return self._keep(set(self._failures), lambda _, failure: failure.last_tick >= tick)
 
-    def _keep(self, wanted: Callable[[tuple[str, CopyKey], _Failure], bool]) -> None:
-        self._failures = {p: f for p, f in self._failures.items() if wanted(p, f)}
+    def _keep(
+        self, adapters: set[AdapterId], wanted: Callable[[_Place, _Failure], bool]
+    ) -> set[AdapterId]:
+        changed = set()
+        for adapter in adapters:
+            known = self._failures[adapter]
+            kept = {place: f for place, f in known.items() if wanted(place, f)}
+            if len(kept) < len(known):
+                changed.add(adapter)
+                self._failures[adapter] = kept
+            if not kept:
+                del self._failures[adapter]
+        return changed

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -46,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--heartbeat-period", type=float, default=1.0, help="of nodes, seconds")
     add("--missed-heartbeats", type=int, default=3, help="after so many a node is lost")
     add("--placement-interval", type=float, default=60.0, help="seconds")
+    add(
+        "--move-budget-mib",
+        type=float,
+        help="of adapters that may move for balance in a placement interval (default: no limit)",
+    )
     add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
@@ -55,12 +61,13 @@ def _options(arguments: argparse.Namespace) -> ControllerOptions:
     tls = None
     if arguments.tls_cert or arguments.tls_key or arguments.tls_client_ca:
         tls = TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
-    period = arguments.heartbeat_period
+    period, budget = arguments.heartbeat_period, arguments.move_budget_mib
     settings = Settings(
         tick_seconds=period,
         silent_ticks=arguments.missed_heartbeats,
         placement_interval_ticks=max(1, round(arguments.placement_interval / period)),
         replicas=arguments.replicas,
+        move_bytes=None if budget is None else int(budget * (1 << 20)),
     )
     return ControllerOptions(
         listen=arguments.listen,
@@ -82,6 +89,9 @@ def _check(arguments: argparse.Namespace) -> None:
         _parser().error("--replicas and --missed-heartbeats: at least 1")
     if not 0 < arguments.placement_interval < float("inf"):
         _parser().error("--placement-interval: over 0 seconds")
+    budget = arguments.move_budget_mib
+    if budget is not None and not 0 <= budget < float("inf"):
+        _parser().error("--move-budget-mib: at least 0")
     if arguments.metrics_port_file and not arguments.metrics_listen:
         _parser().error("--metrics-port-file goes with --metrics-listen")
 
@@ -94,6 +104,9 @@ async def _serve(server: ControllerServer, arguments: argparse.Namespace) -> Non
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     try:
         await server.start()
+        # A registry of 100,000 adapters stays: looking for garbage in it costs heartbeats.
+        gc.collect()
+        gc.freeze()
         port_file.write(server.address)
         metrics_port_file.write(server.metrics_address)
         if server.metrics_address:

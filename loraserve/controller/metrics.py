@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, start_http_server
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from loraserve.controller.events import Residency
 from loraserve.controller.runtime import Runtime
+from loraserve.controller.state import ControllerState
 from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.v1 import common_pb2
 from loraserve.wire import is_loopback, split_address
@@ -84,8 +85,10 @@ class _ClusterCollector(Collector):
         yield _gauge("route_table_version", "Version of the route table.", table.version)
         yield _gauge("nodes", "Nodes that are heard of.", len(nodes))
         yield _gauge("adapters", "Adapters in the registry.", len(table.adapters))
-        unrouted = sum(not route.revisions for route in table.adapters.values())
-        yield _gauge("adapters_unrouted", "Adapters that no node serves.", unrouted)
+        yield _gauge("adapters_unrouted", "Adapters that no node serves.", state.unrouted)
+        yield _gauge("moved_bytes", "Asked for in this placement interval.", state.moved_bytes)
+        yield _counter("placements", "Whole placements that were made.", state.placements)
+        yield from _by_label(state)
 
         queue = GaugeMetricFamily(
             "loraserve_queue_depth", "Requests that wait, by node.", labels=["node"]
@@ -105,6 +108,35 @@ class _ClusterCollector(Collector):
             for word in Residency:
                 resident.add_metric([node_id, word.name.lower()], states.count(word))
         yield from (queue, pages, resident)
+
+
+def _by_label(state: ControllerState) -> Iterator[Metric]:
+    wanted = GaugeMetricFamily(
+        "loraserve_wanted_nodes",
+        "Nodes that the demand wants, by base model, as of the last placement.",
+        labels=["base"],
+    )
+    for base, nodes in sorted(dict(state.wanted).items()):
+        wanted.add_metric([base], nodes.nodes)
+    busy = GaugeMetricFamily(
+        "loraserve_predicted_utilisation",
+        "Of nodes, as placement predicted it last; 1 is the limit of the SLO.",
+        labels=["node"],
+    )
+    for node_id, part in sorted(dict(state.utilisation).items()):
+        busy.add_metric([node_id], part)
+    ignored = CounterMetricFamily(
+        "loraserve_ignored_reports",
+        "Reports of nodes that could not be true, by reason.",
+        labels=["reason"],
+    )
+    for reason, count in sorted(dict(state.ignored).items()):
+        ignored.add_metric([reason], count)
+    yield from (wanted, busy, ignored)
+
+
+def _counter(name: str, help_: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"loraserve_{name}", help_, value=value)
 
 
 def _gauge(name: str, help_: str, value: float) -> GaugeMetricFamily:

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from pathlib import Path
 
 from loraserve.checkpoint.durable_store import DurableStore
+from loraserve.controller.catalog import MAX_HISTORY
 from loraserve.controller.events import AdapterAdded, AdapterRemoved, AdapterUpdated
 from loraserve.controller.runtime import Runtime
-from loraserve.controller.state import MAX_HISTORY
 from loraserve.controller.store import AdapterRecord
 from loraserve.controller.whole import whole
 from loraserve.errors import (
@@ -32,6 +33,11 @@ class AdapterRegistry:
         self._blobs = blobs
         self._clock_us = clock_us
         self._records = {r.adapter: r for r in runtime.store.adapters()}
+        # Of each tenant (base, name), sorted; and the bases of each (tenant, name).
+        self._names: dict[str, list[tuple[str, str]]] = {}
+        self._bases: dict[tuple[str, str], set[str]] = {}
+        for adapter in self._records:
+            self._index(adapter)
         self._changing = asyncio.Lock()
 
     def find(self, tenant: str, base: str, name: str) -> AdapterRecord:
@@ -40,7 +46,8 @@ class AdapterRegistry:
         if base:
             found = [r for r in (self._records.get(AdapterId(tenant, base, name)),) if r]
         else:
-            found = [r for a, r in self._records.items() if (a.tenant, a.name) == (tenant, name)]
+            bases_of = self._bases.get((tenant, name), set())
+            found = [self._records[AdapterId(tenant, b, name)] for b in sorted(bases_of)]
         if not found:
             raise NotFoundError("adapter", f"{name!r} does not exist")
         if len(found) > 1:
@@ -52,12 +59,23 @@ class AdapterRegistry:
         self, tenant: str, base: str, after: tuple[str, str], limit: int
     ) -> list[AdapterRecord]:
         """Up to `limit` adapters of the tenant by (base, name), those after `after`."""
-        keys = sorted(
-            a
-            for a in self._records
-            if a.tenant == tenant and (not base or a.base == base) and (a.base, a.name) > after
-        )
-        return [self._records[a] for a in keys[:limit]]
+        names = self._names.get(tenant, [])
+        begin = bisect_right(names, after)
+        if base:
+            begin = max(begin, bisect_left(names, (base, "")))
+        page = names[begin : begin + limit]
+        return [self._records[AdapterId(tenant, b, n)] for b, n in page if not base or b == base]
+
+    def _index(self, adapter: AdapterId) -> None:
+        insort(self._names.setdefault(adapter.tenant, []), (adapter.base, adapter.name))
+        self._bases.setdefault((adapter.tenant, adapter.name), set()).add(adapter.base)
+
+    def _unindex(self, adapter: AdapterId) -> None:
+        names = self._names[adapter.tenant]
+        del names[bisect_left(names, (adapter.base, adapter.name))]
+        self._bases[adapter.tenant, adapter.name].discard(adapter.base)
+        if not self._bases[adapter.tenant, adapter.name]:
+            del self._bases[adapter.tenant, adapter.name]
 
     def check_free(self, adapter: AdapterId) -> None:
         """Raises AlreadyExistsError."""
@@ -99,7 +117,9 @@ class AdapterRegistry:
                 raise NotFoundError("revision", f"{spec.revision} is not one of the name's")
             earlier = tuple(s for s in old.history if s.revision != spec.revision)
             history = (spec, *earlier)[:MAX_HISTORY]
-            record = AdapterRecord(history, old.create_time_us, self._clock_us())
+            # A clock that was set back must not make an update older than what it updates.
+            now = max(self._clock_us(), old.update_time_us)
+            record = AdapterRecord(history, old.create_time_us, now)
             await self._store(record, blob)
             if old.history[0].revision != spec.revision:
                 await self._runtime.apply(AdapterUpdated(spec))
@@ -116,6 +136,7 @@ class AdapterRegistry:
             record = self.find(adapter.tenant, adapter.base, adapter.name)
             await asyncio.to_thread(self._runtime.store.remove_adapter, adapter)
             del self._records[adapter]
+            self._unindex(adapter)
             await self._runtime.apply(AdapterRemoved(adapter))
             await self._collect(list(record.history))
         _log.info("adapter %s removed", adapter)
@@ -125,6 +146,8 @@ class AdapterRegistry:
         if blob is not None:
             await asyncio.to_thread(self._blobs.put, revision, blob)
         await asyncio.to_thread(self._runtime.store.put_adapter, record)
+        if record.adapter not in self._records:
+            self._index(record.adapter)
         self._records[record.adapter] = record
 
     async def _collect(self, specs: list[AdapterSpec]) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraserve.controller.events import Residency
-from loraserve.placement.types import AdapterId
+from loraserve.controller.adapter_map import AdapterMap
+from loraserve.controller.residency import Residency
+from loraserve.placement.types import AdapterId, in_order
 
 WHOLE_WEIGHT = 100
 
@@ -48,17 +49,17 @@ class NodeRoute:
 
 @dataclass(frozen=True)
 class RouteTable:
-    """Immutable once made: watchers keep the one they sent last."""
+    """Immutable: whoever holds one still reads that one."""
 
     epoch: int
     version: int
-    adapters: Mapping[AdapterId, AdapterRoute] = field(default_factory=dict)
+    adapters: Mapping[AdapterId, AdapterRoute] = field(default_factory=AdapterMap)
     nodes: Mapping[str, NodeRoute] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RouteDelta:
-    """Changed entries whole, and the keys of those that are gone."""
+    """Changed entries whole, and the keys of those that are gone; all in the order of the keys."""
 
     adapters: tuple[AdapterRoute, ...] = ()
     nodes: tuple[NodeRoute, ...] = ()
@@ -68,12 +69,75 @@ class RouteDelta:
     def __bool__(self) -> bool:
         return bool(self.adapters or self.nodes or self.removed_adapters or self.removed_nodes)
 
+    def __len__(self) -> int:
+        return sum(map(len, (self.adapters, self.nodes, self.removed_adapters, self.removed_nodes)))
+
 
 def difference(old: RouteTable, new: RouteTable) -> RouteDelta:
-    """What turns `old` into `new`, in the order of the keys."""
+    """What turns `old` into `new`."""
     return RouteDelta(
-        tuple(r for k, r in sorted(new.adapters.items()) if old.adapters.get(k) != r),
+        tuple(
+            new.adapters[k]
+            for k in in_order(new.adapters)
+            if old.adapters.get(k) != new.adapters[k]
+        ),
         tuple(r for k, r in sorted(new.nodes.items()) if old.nodes.get(k) != r),
-        tuple(k for k in sorted(old.adapters) if k not in new.adapters),
+        tuple(k for k in in_order(old.adapters) if k not in new.adapters),
         tuple(k for k in sorted(old.nodes) if k not in new.nodes),
     )
+
+
+class RouteWriter:
+    """Makes one table after the other; versions rise by one."""
+
+    def __init__(self, epoch: int) -> None:
+        self.table = RouteTable(epoch, 0)
+        self._adapters: AdapterMap[AdapterRoute] = AdapterMap()
+        # Adapters of the table that no node serves.
+        self.unrouted = 0
+
+    def write(
+        self,
+        adapters: Mapping[AdapterId, AdapterRoute | None],
+        nodes: Mapping[str, NodeRoute | None],
+    ) -> RouteDelta:
+        """`adapters` and `nodes`: entries that may have changed, None for those that are gone.
+        Where something did change, `table` is a new one."""
+        known = self._adapters
+        changed: dict[AdapterId, AdapterRoute] = {}
+        gone: list[AdapterId] = []
+        unrouted = self.unrouted
+        for adapter, route in adapters.items():
+            old = known.find(adapter)
+            if route == old:
+                continue
+            unrouted -= old is not None and not old.revisions
+            if route is None:
+                gone.append(adapter)
+            else:
+                changed[adapter] = route
+                unrouted += not route.revisions
+        new_nodes = {
+            n: r for n, r in nodes.items() if r is not None and self.table.nodes.get(n) != r
+        }
+        gone_nodes = sorted(n for n, r in nodes.items() if r is None and n in self.table.nodes)
+        delta = RouteDelta(
+            tuple(changed[a] for a in in_order(changed)),
+            tuple(r for _, r in sorted(new_nodes.items())),
+            tuple(in_order(gone)),
+            tuple(gone_nodes),
+        )
+        if not delta:
+            return delta
+        self.unrouted = unrouted
+        if changed or gone:
+            self._adapters = known.changed(changed, gone)
+        node_table = self.table.nodes
+        if new_nodes or gone_nodes:
+            node_table = {**node_table, **new_nodes}
+            for n in gone_nodes:
+                del node_table[n]
+        self.table = RouteTable(
+            self.table.epoch, self.table.version + 1, self._adapters, node_table
+        )
+        return delta

@@ -6,25 +6,28 @@ effects happen in the order in which the core asked for them.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 
 from loraserve.controller.events import (
     AskRegister,
+    AskResidency,
     Effect,
     Event,
+    LinkLost,
     NodeLost,
     NodeRegistered,
     PublishRoutes,
     SavePlacement,
     SendDrop,
     SendLoad,
+    TellOperator,
     Tick,
 )
-from loraserve.controller.routes import RouteTable
+from loraserve.controller.route_log import RouteChanges, RouteLog
 from loraserve.controller.state import ControllerState, Settings
 from loraserve.controller.store import StateStore
 from loraserve.controller.whole import whole
-from loraserve.placement.types import AdapterId, PlacementPolicy
+from loraserve.placement.types import PlacementPolicy
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class NodeLink:
     def __init__(self, node_id: str) -> None:
         self.node_id = node_id
         self.must_register = False
+        self.send_everything = False
         self.closed = False
         self._commands: list[Command] = []
         self._beats = 0
@@ -47,10 +51,11 @@ class NodeLink:
         self._commands.append(command)
         self._wake.set()
 
-    def answer_beat(self, must_register: bool) -> None:
+    def answer_beat(self, must_register: bool, send_everything: bool = False) -> None:
         """Makes `messages` yield even without commands: nodes take an answer for a sign of life."""
         self._beats += 1
         self.must_register = must_register
+        self.send_everything = self.send_everything or send_everything
         self._wake.set()
 
     def close(self) -> None:
@@ -77,6 +82,7 @@ class Runtime:
         self._lock = asyncio.Lock()
         self._links: dict[str, NodeLink] = {}
         self._routes_changed = asyncio.Condition()
+        self._log_of_routes = RouteLog()
         self._closing = False
 
     @classmethod
@@ -84,7 +90,19 @@ class Runtime:
         """A new epoch on what the store holds. Raises OSError."""
         epoch = store.begin_epoch()
         histories = [record.history for record in store.adapters()]
-        state = ControllerState(settings, policy, epoch, histories, store.placement())
+        placed = store.placement()
+        known = {history[0].adapter for history in histories}
+        gone = [adapter for adapter in placed if adapter not in known]
+        if gone:  # removed when the controller was killed
+            store.save_placement({}, gone)
+        state = ControllerState(
+            settings,
+            policy,
+            epoch,
+            histories,
+            {a: tuple(nodes) for a, nodes in placed.items()},
+            {a: tuple(nodes.values()) for a, nodes in placed.items()},
+        )
         _log.info("epoch %d: %d adapters in the registry", epoch, len(histories))
         return cls(state, store, settings)
 
@@ -99,17 +117,22 @@ class Runtime:
             publish = False
             for effect in effects:
                 match effect:
-                    case SavePlacement(holders):
-                        await self._save(holders)
+                    case SavePlacement():
+                        await self._save(effect)
                     case SendLoad() | SendDrop():
                         self._send(effect)
-                    case PublishRoutes():
+                    case PublishRoutes(version, delta):
+                        self._log_of_routes.add(version, delta)
                         publish = True
                     case NodeLost(node_id):
                         _log.warning("node %s is lost: no heartbeat", node_id)
                         self.close_link(node_id)
                     case AskRegister(node_id):
                         _log.info("node %s must register", node_id)
+                    case AskResidency(node_id):
+                        _log.info("node %s is to say again what it holds", node_id)
+                    case TellOperator(message, trouble):
+                        _log.log(logging.WARNING if trouble else logging.INFO, "%s", message)
             if isinstance(event, NodeRegistered):
                 n = event.node
                 _log.info("node %s registered at %s, base %s", n.node_id, n.address, n.base)
@@ -118,9 +141,13 @@ class Runtime:
                 self._routes_changed.notify_all()
         return effects
 
-    async def _save(self, holders: Mapping[AdapterId, tuple[str, ...]]) -> None:
+    async def _save(self, saved: SavePlacement) -> None:
+        placed = {
+            adapter: dict(zip(nodes, saved.shares[adapter], strict=True))
+            for adapter, nodes in saved.holders.items()
+        }
         try:
-            await asyncio.to_thread(self.store.save_placement, holders)
+            await asyncio.to_thread(self.store.save_placement, placed, saved.removed)
         except OSError as error:
             # Serving goes on: the placement is a wish that the next start would only repeat.
             _log.error("the placement could not be saved: %s", error)
@@ -137,26 +164,35 @@ class Runtime:
         self._links[node_id] = link
         return link
 
-    def close_link(self, node_id: str, link: NodeLink | None = None) -> None:
-        """Closes the node's link; only `link` where it is given."""
+    def close_link(self, node_id: str, link: NodeLink | None = None) -> bool:
+        """Closes the node's link; only `link` where it is given. Whether it was open."""
         known = self._links.get(node_id)
-        if known is not None and (link is None or known is link):
-            known.close()
-            del self._links[node_id]
+        if known is None or (link is not None and known is not link):
+            return False
+        known.close()
+        del self._links[node_id]
+        return True
 
-    async def tables(self) -> AsyncIterator[RouteTable]:
-        """The route table now and after every change. A slow reader skips versions; ends when the
-        controller closes."""
-        seen = -1
+    async def link_ended(self, link: NodeLink, incarnation: int) -> None:
+        """The stream of the link is gone; nothing where another has taken its place."""
+        if self.close_link(link.node_id, link) and not self._closing:
+            await self.apply(LinkLost(link.node_id, incarnation))
+
+    async def route_changes(self, known: tuple[int, int]) -> AsyncIterator[RouteChanges]:
+        """What a watcher that has (epoch, version) `known` must hear, now and after every change; a
+        slow one hears several versions at once. Ends when the controller closes."""
+        epoch, seen = known
+        first = True
         while True:
             async with self._routes_changed:
-                while not self._closing and self.state.routes.version == seen:
+                while not self._closing and not first and self.state.routes.version == seen:
                     await self._routes_changed.wait()
                 if self._closing:
                     return
                 table = self.state.routes
-            seen = table.version
-            yield table
+            delta = self._log_of_routes.since(seen) if epoch == table.epoch else None
+            first, seen, epoch = False, table.version, table.epoch
+            yield RouteChanges(table, delta)
 
     async def run(self) -> None:
         """Ticks until cancelled. Late ticks are not made up for: a controller that was stopped for

@@ -89,6 +89,7 @@ class ControllerServer:
         except OSError as error:
             raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
         self._store = SqliteStore(options.data_dir / "controller.sqlite")
+        self._blobs.remove_staged()  # no other controller writes: the state store is ours
         self.metrics = ControllerMetrics()
         self._metrics_server: MetricsServer | None = None
         self._ticking: asyncio.Task[None] | None = None

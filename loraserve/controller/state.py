@@ -1,75 +1,62 @@
 """The controller's core: events in, effects out. No clock, socket, disk or randomness, so that the
 daemon, the simulator and the tests run the same file.
 
-How an adapter moves: load at the target, then route to it, then drop at the source. Invariants:
- - a copy is dropped only if it has been out of the published routes for `drop_delay_ticks` and the
-   adapter's route is not empty, so that the last copy that serves never goes;
+Every event marks the adapters that it may concern; only those are looked at again, so that a
+heartbeat or a tick costs what changed and not what exists. How an adapter moves: load at the
+target, then route to it, then drop at the source (`moves.py`). Invariants:
  - versions of the route table and command ids only rise;
  - every adapter has holders in its route or a reason why it has none.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
-from loraserve.controller.demand import DemandMeter
+from loraserve.controller.catalog import MAX_HISTORY as MAX_HISTORY
+from loraserve.controller.catalog import Catalog
+from loraserve.controller.choice import RouteChoice
 from loraserve.controller.events import (
     AdapterAdded,
     AdapterRemoved,
     AdapterUpdated,
     AskRegister,
+    AskResidency,
     Copy,
     Effect,
     Event,
     Heartbeat,
+    LinkLost,
     NodeLost,
+    NodeRecord,
     NodeRegistered,
     PublishRoutes,
-    Residency,
     SavePlacement,
-    SendDrop,
-    SendLoad,
+    TellOperator,
     Tick,
 )
 from loraserve.controller.failures import LoadFailures
-from loraserve.controller.membership import CopyKey, Membership, Node, SentDrop, SentLoad
-from loraserve.controller.routes import (
-    WHOLE_WEIGHT,
-    AdapterRoute,
-    NodeRoute,
-    RevisionRoute,
-    RouteHolder,
-    RouteTable,
-    difference,
-)
-from loraserve.errors import AlreadyExistsError, NotFoundError
+from loraserve.controller.membership import CopyKey, Heard, Membership, Node
+from loraserve.controller.moves import Moves
+from loraserve.controller.planner import Cluster, Planner
+from loraserve.controller.reports import Reports
+from loraserve.controller.residency import Residency
+from loraserve.controller.routes import NodeRoute, RouteTable, RouteWriter
+from loraserve.controller.settings import Settings as Settings
+from loraserve.controller.targets import NOWHERE, Target, target
+from loraserve.controller.timers import Timers
+from loraserve.errors import FailedPreconditionError
+from loraserve.placement.autoscale import WantedNodes
+from loraserve.placement.load import LoadModel, default_load_model
 from loraserve.placement.types import (
     AdapterId,
     AdapterSpec,
+    NodeCapacity,
     PlacementPolicy,
-    PlacementProblem,
+    in_order,
 )
 
-# Revisions of a name that can be served or returned to.
-MAX_HISTORY = 8
 # Placement intervals after which a failed load is tried afresh.
 FAILURE_MEMORY_INTERVALS = 10
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Times are in ticks of `tick_seconds`."""
-
-    tick_seconds: float = 1.0
-    # Silence for longer than this: the node is lost.
-    silent_ticks: int = 3
-    placement_interval_ticks: int = 60
-    # A command whose effect does not show for so long is sent again.
-    patience_ticks: int = 3
-    # From the route's disappearance to the drop: clients hear of new routes within it.
-    drop_delay_ticks: int = 2
-    # After a restart, how long the stored placement waits for its nodes.
-    settle_ticks: int = 5
-    replicas: int = 1
 
 
 class ControllerState:
@@ -82,27 +69,40 @@ class ControllerState:
         epoch: int,
         histories: Iterable[tuple[AdapterSpec, ...]] = (),
         placement: Mapping[AdapterId, tuple[str, ...]] | None = None,
+        shares: Mapping[AdapterId, tuple[float, ...]] | None = None,
+        load: LoadModel | None = None,
     ) -> None:
         """`histories`: of each adapter its revisions, newest first; the first is what the name
-        points to. `placement`: the one saved last."""
+        points to. `placement` and `shares`: those saved last. `load`: how placement counts."""
         self._settings = settings
-        self._policy = policy
         self._tick = 0
-        self._next_command = 1
-        self._histories = {h[0].adapter: h for h in histories}
-        self._desired = {a: n for a, n in (placement or {}).items() if a in self._histories}
-        self._awaited = {n for nodes in self._desired.values() for n in nodes}
-        self._shares: Mapping[AdapterId, tuple[float, ...]] = {}
-        self._weights: dict[AdapterId, dict[str, int]] = {}
-        self._unplaced: Mapping[AdapterId, str] = {}
-        self._must_place = True
+        self._catalog = Catalog(histories)
         self._members = Membership()
         self._failures = LoadFailures()
-        self._unrouted_since: dict[tuple[str, CopyKey], int] = {}
-        self._demand = DemandMeter()
-        self.routes = RouteTable(epoch, 0)
+        self._timers = Timers()
+        self._reports = Reports(self._catalog)
+        self._planner = Planner(settings, policy, load or default_load_model(), self._catalog)
+        self._targets = self._planner.targets
+        self._moves = Moves(
+            settings, self._catalog, self._members, self._targets, self._failures, self._timers
+        )
+        self._choice = RouteChoice(self._catalog, self._members, self._planner, self._failures)
+        self._writer = RouteWriter(epoch)
+        for adapter, nodes in (placement or {}).items():
+            spec = self._catalog.current(adapter)
+            if spec is not None:
+                wanted = target(nodes, (shares or {}).get(adapter, ()))
+                self._targets.put(adapter, wanted, spec.size_bytes)
+        self._awaited = self._targets.nodes()
+        self._dirty = set(self._catalog)
+        self._dirty_nodes: set[str] = set()
+        self._unsaved: set[AdapterId] = set()
 
     # What the shell may read
+
+    @property
+    def routes(self) -> RouteTable:
+        return self._writer.table
 
     @property
     def epoch(self) -> int:
@@ -112,273 +112,270 @@ class ControllerState:
     def nodes(self) -> Mapping[str, Node]:
         return self._members.nodes
 
+    @property
+    def unrouted(self) -> int:
+        """Adapters that no node serves."""
+        return self._writer.unrouted
+
+    @property
+    def wanted(self) -> Mapping[str, WantedNodes]:
+        """By base model: how many nodes the demand wants, and why."""
+        return self._planner.wanted
+
+    @property
+    def utilisation(self) -> Mapping[str, float]:
+        """By node, as placement predicted it last."""
+        return self._planner.utilisation
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """What nodes reported and could not be true, by reason."""
+        return self._reports.ignored
+
+    @property
+    def placements(self) -> int:
+        return self._planner.placements
+
+    @property
+    def moved_bytes(self) -> int:
+        """Asked for in this placement interval."""
+        return self._moves.spent_bytes
+
+    def wanted_on(self, node_id: str) -> int:
+        """Adapters that placement wants on the node."""
+        return len(self._targets.on_node(node_id))
+
+    def target(self, adapter: AdapterId) -> Target:
+        return self._targets[adapter]
+
+    def history(self, adapter: AdapterId) -> tuple[AdapterSpec, ...]:
+        return self._catalog.history(adapter)
+
     def current(self, adapter: AdapterId) -> AdapterSpec | None:
-        history = self._histories.get(adapter)
-        return history[0] if history else None
+        return self._catalog.current(adapter)
 
     def revision(self, adapter: AdapterId, revision: str) -> AdapterSpec | None:
         """The revision of the name, current or earlier."""
-        specs = self._histories.get(adapter, ())
-        return next((s for s in specs if s.revision == revision), None)
+        return self._catalog.revision(adapter, revision)
 
     def copies(self, adapter: AdapterId) -> list[tuple[str, Copy]]:
         """(node id, copy) of every copy of the current revision, by node id."""
         spec = self.current(adapter)
         key = (adapter, spec.revision if spec else "")
-        return [(i, n.copies[key]) for i, n in sorted(self.nodes.items()) if key in n.copies]
+        holders = self._members.holders(adapter)
+        return [(n.record.node_id, n.copies[key]) for n in holders if key in n.copies]
+
+    # Events
 
     def step(self, event: Event) -> list[Effect]:
         """Takes one event; the effects are to be carried out in their order.
 
-        Raises AlreadyExistsError, NotFoundError (adapters) and FailedPreconditionError (a node's
-        stale incarnation)."""
+        Raises AlreadyExistsError, NotFoundError (adapters), FailedPreconditionError (a node's stale
+        incarnation, another cluster's epoch) and InvalidArgumentError (values that cannot be)."""
         effects: list[Effect] = []
         match event:
-            case NodeRegistered(record):
-                if not self._members.register(record, self._tick):
-                    return []
-                self._failures.forget_node(record.node_id)
-                self._must_place = True
+            case NodeRegistered(record, heard_epoch):
+                self._register(record, heard_epoch)
             case Heartbeat():
-                node, changed = self._hear(event)
-                if node is None:
-                    return [AskRegister(event.node_id, event.incarnation)]
-                if not changed:
-                    return []
+                effects += self._hear(event)
+            case LinkLost(node_id, incarnation):
+                unlinked = self._members.unlink(node_id, incarnation, self._tick)
+                if unlinked is not None:
+                    self._dirty |= unlinked.revisions.keys()
             case AdapterAdded(spec):
-                if spec.adapter in self._histories:
-                    raise AlreadyExistsError("adapter", f"{spec.adapter} exists")
-                self._histories[spec.adapter] = (spec,)
-                self._must_place = True
+                self._catalog.add(spec)
+                self._planner.admit(spec)
+                self._settle(spec)
             case AdapterUpdated(spec):
-                self._update(spec)
+                self._catalog.update(spec)
+                self._failures.forget_adapter(spec.adapter)
+                self._planner.admit(spec)
+                self._settle(spec)
             case AdapterRemoved(adapter):
-                if self._histories.pop(adapter, None) is None:
-                    raise NotFoundError("adapter", f"{adapter} does not exist")
+                self._catalog.remove(adapter)
                 self._failures.forget_adapter(adapter)
-                self._demand.forget(adapter)
-                self._must_place = True
+                self._planner.forget(adapter)
+                if self._targets.put(adapter, NOWHERE, 0):
+                    self._unsaved.add(adapter)
+                self._dirty.add(adapter)
             case Tick():
                 effects += self._advance()
-                if not effects and not self._time_matters():
-                    return []
         return effects + self._reconcile()
 
-    # Events
+    def _register(self, record: NodeRecord, heard_epoch: int) -> None:
+        if heard_epoch > self.epoch:
+            self._reports.count("epoch of another controller")
+            raise FailedPreconditionError(
+                "heard_epoch",
+                f"{heard_epoch}, and this controller's is {self.epoch}: another one's?",
+            )
+        known = self.nodes.get(record.node_id)
+        returns = known is not None and known.unlinked_tick is not None
+        again = known is not None and known.record == record
+        replaced = self._members.register(record, self._tick)
+        node_id = record.node_id
+        if replaced is not None:
+            self._dirty |= replaced.revisions.keys() | self._targets.on_node(node_id)
+        if again:
+            # What was sent with the old stream is not on its way any more.
+            self._dirty |= self._targets.on_node(node_id)
+            if known is not None and returns:
+                self._dirty |= known.revisions.keys()
+            return
+        # What it is to hold is looked at when it has said what it holds.
+        self._dirty |= self._failures.forget_node(node_id)
+        self._dirty_nodes.add(node_id)
+        self._planner.request(self._tick + 1)  # nodes come together
 
-    def _update(self, spec: AdapterSpec) -> None:
-        if spec.adapter not in self._histories:
-            raise NotFoundError("adapter", f"{spec.adapter} does not exist")
-        earlier = [s for s in self._histories[spec.adapter] if s.revision != spec.revision]
-        self._histories[spec.adapter] = (spec, *earlier)[:MAX_HISTORY]
-        self._failures.forget_adapter(spec.adapter)
-        self._must_place = True
+    def _hear(self, beat: Heartbeat) -> list[Effect]:
+        if beat.epoch not in (0, self.epoch):
+            self._reports.count("epoch of another controller")
+            return [AskRegister(beat.node_id, beat.incarnation)]
+        beat = self._reports.applied(beat, self._moves.last_command)
+        heard = self._members.hear(beat, self._reports.copies(beat), self._tick)
+        if heard is None:
+            self._reports.count("node that is not registered")
+            return [AskRegister(beat.node_id, beat.incarnation)]
+        for sample in self._reports.demand(beat):
+            self._planner.count(sample.adapter, sample.prefill_tokens, sample.decode_tokens)
+        self._note(beat, heard)
+        return [AskResidency(beat.node_id, beat.incarnation)] if heard.gap else []
 
-    def _hear(self, beat: Heartbeat) -> tuple[Node | None, bool]:
-        known = self.nodes.get(beat.node_id)
-        before = dict(known.copies) if known else {}
-        was_draining = known.draining if known else False
-        node, changed = self._members.hear(beat, self._tick)
-        if node is None:
-            return None, False
-        for sample in beat.demand:
-            if sample.adapter in self._histories:
-                self._demand.add(sample.adapter, sample.prefill_tokens, sample.decode_tokens)
-        for key, copy in node.copies.items():
-            was = before.get(key)
-            if copy.state is Residency.FAILED and (was is None or was.state is not copy.state):
+    def _note(self, beat: Heartbeat, heard: Heard) -> None:
+        node = heard.node
+        self._dirty.update(key[0] for key in (*heard.changed, *heard.released))
+        if heard.first_report and node.reported:
+            self._dirty |= self._targets.on_node(beat.node_id)
+        if heard.drains:
+            self._dirty |= node.revisions.keys() | self._targets.on_node(beat.node_id)
+            self._dirty_nodes.add(beat.node_id)
+            self._planner.request(self._tick)
+        if heard.roomier:
+            self._dirty.update(key[0] for key in node.cramped)
+        for key, was in heard.changed.items():
+            copy = node.copies.get(key)
+            if copy is None or (was is not None and was.state is copy.state):
+                continue
+            if copy.state is Residency.FAILED:
                 self._fail(node, key, copy.error)
-        by_id = {sent.command_id: key for key, sent in node.loads.items()}
+            if was is None and self.revision(*key) is None:
+                self._reports.count("copy of an unknown revision")
+        by_id = {sent.command_id: key for key, sent in node.loads.items()} if beat.failed else {}
         for command_id, why in beat.failed:
             if command_id in by_id:
                 self._fail(node, by_id[command_id], why)
-                changed = True
-        if node.draining != was_draining:
-            self._must_place = True
-        return node, changed
 
     def _fail(self, node: Node, key: CopyKey, why: str) -> None:
-        node.loads.pop(key, None)
-        if self._failures.record(node.record.node_id, key, why, self._tick):
-            self._must_place = True
+        node.forget_load(key)
+        self._dirty.add(key[0])
+        if key[0] in self._catalog and self._failures.record(
+            node.record.node_id, key, why, self._tick
+        ):
+            self._planner.request(self._tick)
 
     def _advance(self) -> list[Effect]:
         self._tick += 1
-        lost = self._members.expire(self._tick, self._settings.silent_ticks)
+        settings = self._settings
+        lost = self._members.expire(self._tick, settings.silent_ticks, settings.unlinked_ticks)
         for node in lost:
-            self._failures.forget_node(node.record.node_id)
-        interval = self._settings.placement_interval_ticks
+            node_id = node.record.node_id
+            self._dirty |= node.revisions.keys() | self._targets.on_node(node_id)
+            self._dirty |= self._failures.forget_node(node_id)
+            self._dirty_nodes.add(node_id)
+            self._planner.request(self._tick)
+        self._dirty |= self._timers.due(self._tick)
+        interval = settings.placement_interval_ticks
         if self._tick % interval == 0:
-            self._demand.close_window(interval * self._settings.tick_seconds)
-            self._failures.forget_before(self._tick - FAILURE_MEMORY_INTERVALS * interval)
-            self._must_place = True
-        self._must_place = self._must_place or bool(lost)
+            oldest = self._tick - FAILURE_MEMORY_INTERVALS * interval
+            self._dirty |= self._failures.forget_before(oldest) | self._moves.new_interval()
+        self._planner.tick(self._tick)
         return [NodeLost(n.record.node_id, n.record.incarnation) for n in lost]
 
-    # Reconciliation: what is wanted against what the nodes report
+    # Placement
 
-    def _reconcile(self) -> list[Effect]:
-        effects: list[Effect] = []
-        if self._must_place and not self._settling():
-            effects += self._place()
-        return effects + self._send_loads() + self._publish() + self._send_drops()
+    def _usable(self) -> tuple[NodeCapacity, ...]:
+        """Nodes that may get adapters. Where there are fewer failure domains than replicas, a copy
+        in the same domain is better than none: every node counts as a domain of its own."""
+        found = [n.capacity for _, n in sorted(self.nodes.items()) if not n.draining]
+        domains = Counter((n.base, n.domain) for n in found)
+        several = Counter(base for base, domain in domains if domain)
+        several.update(n.base for n in found if not n.domain)
+        few = {base for base, count in several.items() if count < self._settings.replicas}
+        return tuple(replace(n, domain="") if n.base in few else n for n in found)
 
-    def _time_matters(self) -> bool:
-        """Whether a later tick alone can change what `_reconcile` does."""
-        return (
-            self._must_place
-            or bool(self._failures or self._unrouted_since)
-            or any(node.loads or node.drops for node in self.nodes.values())
-        )
+    def _settle(self, spec: AdapterSpec) -> None:
+        """A home for what is new."""
+        self._dirty.add(spec.adapter)
+        if self._settling():
+            self._planner.request(self._tick)
+            return
+        forbidden = self._failures.forbidden_for(spec.adapter)
+        if self._planner.settle_one(spec, self._usable(), forbidden):
+            self._unsaved.add(spec.adapter)
 
     def _settling(self) -> bool:
+        """Whether the stored placement still waits for its nodes."""
         if self._tick >= self._settings.settle_ticks:
             return False
         return any(n not in self.nodes or not self.nodes[n].reported for n in self._awaited)
 
     def _place(self) -> list[Effect]:
-        held = {a: tuple(n for n, _ in self.copies(a)) for a in self._histories}
-        problem = PlacementProblem(
-            adapters=tuple(h[0] for _, h in sorted(self._histories.items())),
-            nodes=tuple(n.capacity for _, n in sorted(self.nodes.items()) if not n.draining),
-            demand=self._demand.rates,
-            current={a: self._desired.get(a) or held[a] for a in self._histories},
-            forbidden=self._failures.forbidden(),
-            replicas=self._settings.replicas,
-            current_shares=self._shares,
+        before = dict(self.wanted)
+        held = {}
+        if len(self._targets.all) < len(self._catalog):
+            for adapter in self._catalog:
+                if adapter not in self._targets.all and (copies := self.copies(adapter)):
+                    held[adapter] = target(tuple(n for n, _ in copies))
+        cluster = Cluster(
+            self._usable(), held, self._failures.forbidden(), self._moves.budget_left()
         )
-        placement = self._policy(problem)
-        self._must_place = False
-        self._unplaced = placement.unplaced
-        self._shares = placement.shares
-        self._weights = {a: placement.weights(a, WHOLE_WEIGHT) for a in placement.holders}
-        if placement.holders == self._desired:
+        placing = self._planner.place(cluster, self._tick)
+        self._dirty |= placing.moved | placing.explained
+        self._unsaved |= placing.moved
+        told: list[Effect] = [TellOperator(placing.trouble, True)] if placing.trouble else []
+        for base, wanted in self.wanted.items():
+            if base not in before or before[base].nodes != wanted.nodes:
+                told.append(TellOperator(f"base {base!r}: {wanted.reason}"))
+        return told
+
+    def _save(self) -> list[Effect]:
+        """The targets that changed."""
+        changed, self._unsaved = self._unsaved, set()
+        if not changed:
             return []
-        self._desired = dict(placement.holders)
-        return [SavePlacement(dict(self._desired))]
-
-    def _send_loads(self) -> list[Effect]:
-        effects: list[Effect] = []
-        for adapter, holders in sorted(self._desired.items()):
-            spec = self.current(adapter)
-            for node in (self.nodes.get(n) for n in holders):
-                if spec is None or node is None or not node.reported or node.draining:
-                    continue
-                if self._wants_load(node, (adapter, spec.revision)):
-                    command = self._command()
-                    sent = SentLoad(command, self._tick, spec)
-                    node.loads[adapter, spec.revision] = sent
-                    effects.append(SendLoad(node.record.node_id, command, spec))
-        return effects
-
-    def _wants_load(self, node: Node, key: CopyKey) -> bool:
-        node_id = node.record.node_id
-        copy = node.copies.get(key)
-        present = copy is not None and copy.state not in (Residency.FAILED, Residency.DRAINING)
-        if present and key not in node.drops:
-            if copy is not None and copy.state.serves:
-                self._failures.succeeded(node_id, key)
-            return False
-        sent = node.loads.get(key)
-        if sent is not None and self._tick - sent.tick < self._settings.patience_ticks:
-            return False
-        return self._failures.may_retry(node_id, key, self._tick)
-
-    def _command(self) -> int:
-        self._next_command += 1
-        return self._next_command - 1
-
-    def _serving(self, key: CopyKey) -> list[tuple[str, Copy]]:
-        """Copies that new requests may go to."""
+        targets = {a: self._targets[a] for a in in_order(changed)}
         return [
-            (node_id, node.copies[key])
-            for node_id, node in sorted(self.nodes.items())
-            if not node.draining
-            and key in node.copies
-            and node.copies[key].state.serves
-            and key not in node.drops
+            SavePlacement(
+                {a: t.nodes for a, t in targets.items() if t.nodes},
+                {a: t.shares for a, t in targets.items() if t.nodes},
+                tuple(a for a, t in targets.items() if not t.nodes),
+            )
         ]
 
-    def _route(self, adapter: AdapterId) -> AdapterRoute:
-        for spec in self._histories[adapter]:
-            serving = self._serving((adapter, spec.revision))
-            if not serving:
-                continue
-            wanted = self._desired.get(adapter, ())
-            chosen = [(n, c) for n, c in serving if n in wanted]
-            # Until every target serves, those that are to go help on.
-            if len(chosen) < max(1, len(wanted)):
-                chosen = serving
-            weights = self._weights.get(adapter, {})
-            holders = tuple(
-                RouteHolder(n, weights.get(n, WHOLE_WEIGHT), c.state) for n, c in chosen
-            )
-            route = RevisionRoute(spec.revision, holders, spec.max_rank, spec.size_bytes)
-            return AdapterRoute(adapter, spec.revision, (route,))
-        return AdapterRoute(adapter, self._histories[adapter][0].revision, (), self._why(adapter))
+    # Reconciliation: what is wanted against what the nodes report
 
-    def _why(self, adapter: AdapterId) -> str:
-        """Why no node serves the adapter; never empty."""
-        spec = self._histories[adapter][0]
-        failed = self._failures.why((adapter, spec.revision))
-        if failed:
-            return failed
-        if adapter in self._unplaced:
-            return self._unplaced[adapter]
-        wanted = self._desired.get(adapter, ())
-        present = [n for n in wanted if n in self.nodes]
-        if present:
-            return f"loading on {', '.join(present)}"
-        return f"waiting for {', '.join(wanted)}" if wanted else "waiting for placement"
-
-    def _publish(self) -> list[Effect]:
-        nodes = {
-            i: NodeRoute(
-                i,
-                n.record.address,
-                n.draining,
-                n.record.incarnation,
-                n.record.base,
-                n.record.base_digest,
-            )
-            for i, n in self.nodes.items()
-        }
-        adapters = {a: self._route(a) for a in self._histories}
-        table = RouteTable(self.epoch, self.routes.version + 1, adapters, nodes)
-        if not difference(self.routes, table):
-            return []
-        self.routes = table
-        return [PublishRoutes(table.version)]
-
-    def _send_drops(self) -> list[Effect]:
+    def _reconcile(self) -> list[Effect]:
         effects: list[Effect] = []
-        unrouted: dict[tuple[str, CopyKey], int] = {}
-        for node_id, node in sorted(self.nodes.items()):
-            for key, copy in sorted(node.copies.items(), key=lambda item: item[0]):
-                if node.draining or not self._superfluous(node_id, key):
-                    continue
-                since = self._unrouted_since.get((node_id, key), self._tick)
-                unrouted[node_id, key] = since
-                if self._tick - since < self._settings.drop_delay_ticks:
-                    continue
-                sent = node.drops.get(key)
-                waiting = sent and self._tick - sent.tick < self._settings.patience_ticks
-                if copy.state is Residency.DRAINING or waiting:
-                    continue
-                command = self._command()
-                node.drops[key] = SentDrop(command, self._tick)
-                effects.append(SendDrop(node_id, command, *key))
-        self._unrouted_since = unrouted
+        if self._planner.due(self._tick) and not self._settling():
+            effects += self._place()
+        if not self._dirty and not self._dirty_nodes:
+            return effects
+        effects += self._save()
+        dirty, self._dirty = in_order(self._dirty), set()
+        effects += self._moves.loads(dirty, self._tick, self._worth)
+        effects += self._publish(dirty)
+        for adapter in dirty:
+            effects += self._moves.drops(adapter, self.routes.adapters.get(adapter), self._tick)
         return effects
 
-    def _superfluous(self, node_id: str, key: CopyKey) -> bool:
-        """Whether the copy is neither wanted nor routed, and others serve its adapter."""
-        adapter, revision = key
-        spec = self.current(adapter)
-        if spec is None:
-            return True  # removed from the cluster: nothing of it stays
-        if revision == spec.revision and node_id in self._desired.get(adapter, ()):
-            return False
-        routes = self.routes.adapters[adapter].revisions
-        routed = {(r.revision, h.node_id) for r in routes for h in r.holders}
-        return bool(routed) and (revision, node_id) not in routed
+    def _worth(self, adapter: AdapterId) -> float:
+        rate = self._planner.planned.get(adapter)
+        return rate.prefill + rate.decode if rate else 0.0
+
+    def _publish(self, dirty: list[AdapterId]) -> list[Effect]:
+        nodes, self._dirty_nodes = self._dirty_nodes, set()
+        changes: dict[str, NodeRoute | None] = {
+            n: self._choice.of_node(self.nodes[n]) if n in self.nodes else None for n in nodes
+        }
+        delta = self._writer.write({a: self._choice.route(a) for a in dirty}, changes)
+        return [PublishRoutes(self.routes.version, delta)] if delta else []

@@ -6,7 +6,7 @@ Membership, residency, demand and routes are not here: nodes report them again.
 import errno
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ from typing import Protocol
 from loraserve.errors import FailedPreconditionError, InvalidArgumentError
 from loraserve.placement.types import AdapterId, AdapterSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = f"""
 CREATE TABLE adapters (
@@ -32,12 +32,20 @@ CREATE TABLE revisions (
 CREATE INDEX revisions_by_revision ON revisions (revision);
 CREATE TABLE placement (
     tenant TEXT NOT NULL, base TEXT NOT NULL, name TEXT NOT NULL, node_id TEXT NOT NULL,
+    share REAL NOT NULL DEFAULT 1,
     PRIMARY KEY (tenant, base, name, node_id)
 ) WITHOUT ROWID;
 CREATE TABLE epoch (epoch INTEGER NOT NULL);
 INSERT INTO epoch VALUES (0);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+# From each older version to the next.
+_UPGRADES = {
+    1: (
+        "ALTER TABLE placement ADD COLUMN share REAL NOT NULL DEFAULT 1",
+        "PRAGMA user_version = 2",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,10 @@ class AdapterRecord:
     @property
     def adapter(self) -> AdapterId:
         return self.history[0].adapter
+
+
+# Of one adapter, by node id: which part of its requests the node is to get.
+Placed = Mapping[str, float]
 
 
 class StateStore(Protocol):
@@ -78,10 +90,14 @@ class StateStore(Protocol):
         """Whether any adapter's history has it."""
         ...
 
-    def placement(self) -> dict[AdapterId, tuple[str, ...]]: ...
+    def placement(self) -> dict[AdapterId, Placed]:
+        """As saved last."""
+        ...
 
-    def save_placement(self, holders: Mapping[AdapterId, tuple[str, ...]]) -> None:
-        """Replaces the whole."""
+    def save_placement(
+        self, placed: Mapping[AdapterId, Placed], removed: Iterable[AdapterId] = ()
+    ) -> None:
+        """Replaces what was saved for these adapters; others keep theirs."""
         ...
 
     def close(self) -> None: ...
@@ -124,6 +140,9 @@ class SqliteStore:
             tables = run("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if version == 0 and tables == 0:
                 for statement in _SCHEMA.split(";\n"):
+                    run(statement)
+            while (version := run("PRAGMA user_version").fetchone()[0]) in _UPGRADES:
+                for statement in _UPGRADES[version]:
                     run(statement)
             run("COMMIT")
         except sqlite3.OperationalError as error:
@@ -208,20 +227,27 @@ class SqliteStore:
     def revision_in_use(self, revision: str) -> bool:
         return bool(self._read("SELECT 1 FROM revisions WHERE revision = ? LIMIT 1", (revision,)))
 
-    def placement(self) -> dict[AdapterId, tuple[str, ...]]:
-        holders: dict[AdapterId, tuple[str, ...]] = {}
-        for row in self._read("SELECT * FROM placement ORDER BY tenant, base, name, node_id"):
-            adapter = AdapterId(str(row[0]), str(row[1]), str(row[2]))
-            holders[adapter] = (*holders.get(adapter, ()), str(row[3]))
-        return holders
+    def placement(self) -> dict[AdapterId, Placed]:
+        placed: dict[AdapterId, dict[str, float]] = {}
+        for tenant, base, name, node, share in self._read(
+            "SELECT tenant, base, name, node_id, share FROM placement "
+            "ORDER BY tenant, base, name, node_id"
+        ):
+            adapter = AdapterId(str(tenant), str(base), str(name))
+            placed.setdefault(adapter, {})[str(node)] = float(str(share))
+        return dict(placed)
 
-    def save_placement(self, holders: Mapping[AdapterId, tuple[str, ...]]) -> None:
-        now = {(*_key(a), node) for a, nodes in holders.items() for node in nodes}
-        before = {(*_key(a), node) for a, nodes in self.placement().items() for node in nodes}
-        where = "(tenant, base, name, node_id) = (?, ?, ?, ?)"
+    def save_placement(
+        self, placed: Mapping[AdapterId, Placed], removed: Iterable[AdapterId] = ()
+    ) -> None:
+        gone = "DELETE FROM placement WHERE (tenant, base, name) = (?, ?, ?)"
         self._write(
-            [(f"DELETE FROM placement WHERE {where}", row) for row in sorted(before - now)]
-            + [("INSERT INTO placement VALUES (?, ?, ?, ?)", row) for row in sorted(now - before)]
+            [(gone, _key(adapter)) for adapter in (*placed, *removed)]
+            + [
+                ("INSERT INTO placement VALUES (?, ?, ?, ?, ?)", (*_key(adapter), node, share))
+                for adapter, nodes in placed.items()
+                for node, share in nodes.items()
+            ]
         )
 
     def close(self) -> None:

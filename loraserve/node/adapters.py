@@ -18,6 +18,7 @@ from loraserve.node.engine_api import ServedEngine
 from loraserve.node.held import DEVICE, DRAINING, FAILED, FETCHING, HOST, HeldAdapter, refusal
 from loraserve.node.limits import Limits, full
 from loraserve.node.requests import LiveRequest
+from loraserve.node.residency import ChangeJournal, CopyKey
 from loraserve.node.room import copies_to_evict
 from loraserve.node.sources import AdapterFetch, Packed
 from loraserve.placement.types import AdapterId, AdapterSpec
@@ -63,8 +64,8 @@ class HeldAdapters:
         self._slots = asyncio.Semaphore(_CONCURRENT_LOADS)
         self._threads = ThreadPoolExecutor(_CONCURRENT_LOADS, "adapter-load")
         self._cleanups: set[asyncio.Task[None]] = set()
+        self._journal: ChangeJournal[CopyKey] = ChangeJournal()
         self._installed: frozenset[str] = frozenset()
-        self.generation = 1
 
     # What is here
 
@@ -75,11 +76,22 @@ class HeldAdapters:
     def residency(self) -> list[common_pb2.AdapterResidency]:
         """Everything that the node holds, fetches or failed to load. `generation`, read after it,
         is that of what it returns."""
+        self._see_installed()
+        return [self._to_wire(held) for held in self._all()]
+
+    def _to_wire(self, held: HeldAdapter) -> common_pb2.AdapterResidency:
+        return held.to_wire(held.engine_name in self._installed)
+
+    def _see_installed(self) -> None:
+        """What the engine put into pages or took out of them is a change, but none that is worth a
+        heartbeat of its own."""
         installed = self._engine.installed()
-        if installed != self._installed:
-            self._installed = installed
-            self.generation += 1  # not worth a heartbeat of its own
-        return [held.to_wire(held.engine_name in installed) for held in self._all()]
+        moved = installed ^ self._installed
+        self._installed = installed
+        if moved:
+            for held in self._all():
+                if held.engine_name in moved:
+                    self._journal.changed((held.spec.adapter, held.spec.revision))
 
     def count_by_state(self) -> Counter[int]:
         """Copies by ResidencyState. The only method that other threads may call."""
@@ -93,8 +105,26 @@ class HeldAdapters:
     def copies(self, adapter: AdapterId) -> list[HeldAdapter]:
         return list(self._held.get(adapter, {}).values())
 
-    def _changed(self) -> None:
-        self.generation += 1
+    @property
+    def generation(self) -> int:
+        """Rises with every change of the residency."""
+        return self._journal.generation
+
+    def changes_since(
+        self, generation: int
+    ) -> tuple[list[common_pb2.AdapterResidency], list[CopyKey]] | None:
+        """Copies that changed after the generation, and keys of those that went; None where that
+        is not known any more. `generation`, read after it, is that of what it returns."""
+        self._see_installed()
+        keys = self._journal.since(generation)
+        if keys is None:
+            return None
+        found = [self._held.get(adapter, {}).get(revision) for adapter, revision in keys]
+        gone = [key for key, held in zip(keys, found, strict=True) if held is None]
+        return [self._to_wire(held) for held in found if held is not None], gone
+
+    def _changed(self, held: HeldAdapter) -> None:
+        self._journal.changed((held.spec.adapter, held.spec.revision))
         self._on_change()
 
     def _forget(self, held: HeldAdapter) -> None:
@@ -103,7 +133,7 @@ class HeldAdapters:
             del copies[held.spec.revision]
             if not copies:
                 del self._held[held.spec.adapter]
-            self._changed()
+            self._changed(held)
 
     # Use by requests
 
@@ -213,7 +243,7 @@ class HeldAdapters:
                 known.dropping.cancel()
                 known.dropping = None
                 known.state = HOST
-                self._changed()
+                self._changed(known)
             known.placed = known.placed or placed
             if known.state in (HOST, FETCHING):
                 return known
@@ -225,7 +255,7 @@ class HeldAdapters:
         held.loading = asyncio.create_task(self._load(held))
         # Also where it is cancelled before it could do anything.
         held.loading.add_done_callback(lambda _: held.settled.set())
-        self._changed()
+        self._changed(held)
         return held
 
     async def hold(self, adapter: AdapterId, packed: Packed) -> None:
@@ -237,7 +267,7 @@ class HeldAdapters:
         held.state = HOST
         held.settled.set()
         self._held.setdefault(adapter, {})[spec.revision] = held
-        self._changed()
+        self._changed(held)
 
     def _make_room(self, spec: AdapterSpec, placed: bool) -> None:
         """Evicts what is in the way of `spec`. Raises ResourceExhaustedError."""
@@ -270,14 +300,14 @@ class HeldAdapters:
                 typed = LoraServeError("adapter", "loading failed; the node's log says why")
             _log.warning("adapter %s revision %s: %s", spec.adapter, spec.revision[:12], typed)
             held.fail(typed, self._clock())
-            self._changed()
+            self._changed(held)
             return
         if held.dropping is not None:  # it was dropped while the engine was reading it
             return
         seconds = self._clock() - start
         held.state, held.used_s = HOST, self._clock()
         held.settled.set()
-        self._changed()
+        self._changed(held)
         self._on_load(seconds)
         _log.info(
             "adapter %s revision %s is here: rank %d, %d bytes, %.3f s",
@@ -301,7 +331,7 @@ class HeldAdapters:
         held.placed = False
         if held.state == HOST:
             held.state = DRAINING
-            self._changed()
+            self._changed(held)
         else:
             held.error = held.error or UnavailableError("adapter", "was dropped while it loaded")
             self._forget(held)

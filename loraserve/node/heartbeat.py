@@ -18,6 +18,7 @@ from loraserve.node.convert import adapter_id_to_wire, load_from_wire, seconds
 from loraserve.node.demand import Sample, sample_to_wire
 from loraserve.node.node import Node
 from loraserve.node.node_service import software_version
+from loraserve.node.residency import ResidencyReport
 from loraserve.placement.types import AdapterId, AdapterSpec
 from loraserve.v1 import common_pb2, controller_pb2, controller_pb2_grpc
 from loraserve.wire_errors import from_rpc_error
@@ -75,6 +76,7 @@ class ControllerLink:
         self._advertise = advertise
         self._changed = asyncio.Event()
         self._commands = Commands(node, self.wake)
+        self._report = ResidencyReport(node.adapters)
         self._told: str | None = None
         # What was sent since the controller's last word: it may never have arrived.
         self._unanswered: list[Sample] = []
@@ -137,6 +139,8 @@ class ControllerLink:
                 adapter_memory_bytes=node.limits.adapter_memory_bytes,
                 limits=node.wire_limits,
                 software_version=software_version(),
+                relative_speed=node.relative_speed,
+                heard_epoch=self.epoch,
             ),
             timeout=_CALL_TIMEOUT_S,
             metadata=self._client.metadata,
@@ -155,6 +159,7 @@ class ControllerLink:
         """Until the stream ends, which it does by raising unless the node must register again."""
         call = self._client.stub.Heartbeat(metadata=self._client.metadata)
         listening = asyncio.create_task(self._listen(call))
+        self._report.restart()
         try:
             while not listening.done():
                 self._changed.clear()
@@ -162,7 +167,8 @@ class ControllerLink:
                 self._unanswered.append(sample)
                 flushes, self._flushes = self._flushes, []
                 try:
-                    await call.write(self._heartbeat(sample_to_wire(sample)))
+                    for heartbeat in self._heartbeats(sample_to_wire(sample)):
+                        await call.write(heartbeat)
                 except BaseException:
                     self._flushes += flushes
                     raise
@@ -199,24 +205,29 @@ class ControllerLink:
                 _log.info("the controller does not know this node: registering again")
                 return
             self._unanswered = []
+            if response.send_full_residency:
+                self._report.restart()
+                self.wake()
             for command in response.commands:
                 self._commands.apply(command)
             if response.commands:
                 self.wake()
 
-    def _heartbeat(
+    def _heartbeats(
         self, demand: Sequence[common_pb2.AdapterDemand]
-    ) -> controller_pb2.HeartbeatRequest:
+    ) -> list[controller_pb2.HeartbeatRequest]:
+        """One, or several where the residency is too long for it; the last has all else."""
         node = self._node
-        residency = node.adapters.residency()  # before its generation is read
-        return controller_pb2.HeartbeatRequest(
-            node_id=node.node_id,
-            incarnation=node.incarnation,
-            generation=node.adapters.generation,
-            residency=residency,
-            load=node.load(),
-            demand=demand,
-            results=self._commands.take_results(),
-            draining=node.draining,
-            applied_command_id=self._commands.applied_id,
+        parts = self._report.parts()
+        for part in parts:
+            part.node_id, part.incarnation, part.epoch = node.node_id, node.incarnation, self.epoch
+        parts[-1].MergeFrom(
+            controller_pb2.HeartbeatRequest(
+                load=node.load(),
+                demand=demand,
+                results=self._commands.take_results(),
+                draining=node.draining,
+                applied_command_id=self._commands.applied_id,
+            )
         )
+        return parts

@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tls-ca", type=Path, help="authority of the controller's certificate (PEM)")
     add("--metrics-listen", help="loopback host:port of /metrics; port 0 takes a free one")
     add("--metrics-port-file", type=Path, help="file that gets the bound address of /metrics")
+    add("--failure-domain", help="nodes that fail together share this word (default: host name)")
+    add("--relative-speed", type=float, default=1.0, help="of the engine, for placement")
     add("--device", default="cpu", help="cpu or cuda")
     add("--weight-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--threads", type=int, default=0, help="of the engine; 0: one for each core")
@@ -93,6 +95,8 @@ def _check(arguments: argparse.Namespace) -> None:
     ):
         if not getattr(arguments, name) >= lowest:
             _parser().error(f"--{name.replace('_', '-')}: at least {lowest}")
+    if not 0.001 <= arguments.relative_speed <= 1000:
+        _parser().error("--relative-speed: from 0.001 to 1000")
     if not arguments.controller and (arguments.controller_key or arguments.tls_ca):
         _parser().error("--controller-key and --tls-ca go with --controller")
     names = [name for name, _ in arguments.adapter]
@@ -131,6 +135,7 @@ def _model_options(arguments: argparse.Namespace) -> ModelOptions:
         max_sequences=arguments.max_sequences,
         max_batch_tokens=arguments.max_batch_tokens,
         threads=arguments.threads,
+        failure_domain=arguments.failure_domain,
     )
 
 
@@ -160,6 +165,7 @@ def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
         ),
         drain_timeout_s=arguments.drain_timeout_s,
         devices=(device_of(model),),
+        relative_speed=arguments.relative_speed,
         adapters=dict(arguments.adapter),
     )
 

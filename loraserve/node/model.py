@@ -26,6 +26,8 @@ class ModelOptions:
     max_sequences: int = 64
     max_batch_tokens: int = 512
     threads: int = 0
+    failure_domain: str | None = None
+    """None: the host's name."""
 
     @property
     def base_name(self) -> str:
@@ -82,9 +84,10 @@ def memory_bytes() -> int:
 
 
 def device_of(options: ModelOptions) -> common_pb2.Device:
+    domain = options.failure_domain
     return common_pb2.Device(
         kind=common_pb2.DEVICE_KIND_CPU if options.device == "cpu" else common_pb2.DEVICE_KIND_CUDA,
         name=cpu_name() if options.device == "cpu" else options.device,
         memory_bytes=memory_bytes() if options.device == "cpu" else 0,
-        failure_domain=platform.node()[:64],
+        failure_domain=(platform.node() if domain is None else domain)[:64],
     )

@@ -35,6 +35,7 @@ class Node:
         metrics: NodeMetrics | None = None,
         resolve: Resolver | None = None,
         devices: Sequence[common_pb2.Device] = (),
+        relative_speed: float = 1.0,
         drain_timeout_s: float = 30.0,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
@@ -46,6 +47,7 @@ class Node:
         self.facts = model.facts
         self.limits = limits
         self.devices = tuple(devices)
+        self.relative_speed = relative_speed
         self.drain_timeout_s = drain_timeout_s
         self.metrics = metrics or NodeMetrics()
         self.requests = LiveRequests(limits.max_requests)

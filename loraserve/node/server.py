@@ -78,6 +78,7 @@ class NodeOptions:
     limits: Limits = field(default_factory=Limits)
     drain_timeout_s: float = 30.0
     devices: tuple[common_pb2.Device, ...] = ()
+    relative_speed: float = 1.0
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -214,6 +215,7 @@ class NodeServer:
             metrics=self.metrics,
             resolve=self._client.resolve if self._channel is not None else None,
             devices=self._options.devices,
+            relative_speed=self._options.relative_speed,
             drain_timeout_s=self._options.drain_timeout_s,
             on_change=self._changed,
         )

@@ -27,13 +27,13 @@ def by_base(policy: ColumnPolicy) -> ColumnPolicy:
                 why = f"no node serves the base {p.bases[base]!r}"
                 reasons |= dict.fromkeys(rows.tolist(), why)
                 continue
-            part = _part(p, rows, nodes)
+            part = part_of(p, rows, nodes)
             fits = _fits_somewhere(part)
             for i in np.flatnonzero(~fits).tolist():
                 reasons[int(rows[i])] = _why_nowhere(part, i)
             if not fits.all():
                 rows = rows[fits]
-                part = _part(p, rows, nodes)
+                part = part_of(p, rows, nodes)
             if len(rows):
                 parts.append((rows, nodes, policy(part)))
         for rows, _, plan in parts:
@@ -53,7 +53,7 @@ def by_base(policy: ColumnPolicy) -> ColumnPolicy:
     return whole
 
 
-def _part(p: Columns, rows: Ints, nodes: Ints) -> Columns:
+def part_of(p: Columns, rows: Ints, nodes: Ints) -> Columns:
     """The problem of some adapters and nodes; the same object where that is all of them."""
     if len(rows) == p.adapters and len(nodes) == p.nodes:
         return p

@@ -40,7 +40,7 @@ def columns_of(problem: PlacementProblem) -> Columns:
         decode=np.array([r.decode for r in rates], np.float64),
         memory=np.array([n.adapter_memory_bytes for n in nodes], np.int64),
         max_rank=np.array([n.max_rank for n in nodes], np.int64),
-        domain=_domains(nodes),
+        domain=domains_of(nodes),
         speed=np.array([n.speed for n in nodes], np.float64),
         adapter_ids=[s.adapter for s in specs],
         node_ids=[n.node_id for n in nodes],
@@ -96,7 +96,7 @@ def _refuse_twice(field: str, names: Sequence[object]) -> None:
         raise InvalidArgumentError(field, f"{twice} is there twice")
 
 
-def _domains(nodes: Sequence[NodeCapacity]) -> npt.NDArray[Any]:
+def domains_of(nodes: Sequence[NodeCapacity]) -> npt.NDArray[Any]:
     """A node without a domain is one of its own."""
     rows: dict[tuple[bool, str], int] = {}
     keys = [(bool(n.domain), n.domain or n.node_id) for n in nodes]

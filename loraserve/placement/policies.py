@@ -26,16 +26,19 @@ COLUMN_POLICIES: Mapping[str, ColumnPolicy] = {
 }
 
 
-def _on_objects(policy: ColumnPolicy) -> PlacementPolicy:
-    def place(problem: PlacementProblem) -> Placement:
-        columns = columns_of(problem)
-        return placement_of(columns, policy(columns))
+class ObjectPolicy:
+    """A policy on columns, called with the objects of `types.py`."""
 
-    return place
+    def __init__(self, on_columns: ColumnPolicy) -> None:
+        self.on_columns = on_columns
+
+    def __call__(self, problem: PlacementProblem) -> Placement:
+        columns = columns_of(problem)
+        return placement_of(columns, self.on_columns(columns))
 
 
 POLICIES: Mapping[str, PlacementPolicy] = {
-    name: _on_objects(policy) for name, policy in COLUMN_POLICIES.items()
+    name: ObjectPolicy(policy) for name, policy in COLUMN_POLICIES.items()
 }
 
 

@@ -3,7 +3,7 @@
 These are for callers with thousands of adapters at most; policies work on arrays (`columns.py`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from loraserve.placement.load import LoadModel, default_load_model
@@ -19,6 +19,11 @@ class AdapterId:
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.name}"
+
+
+def in_order(adapters: Iterable[AdapterId]) -> list[AdapterId]:
+    """Sorted; several times as fast as by the comparison of the dataclass."""
+    return sorted(adapters, key=lambda a: (a.tenant, a.base, a.name))
 
 
 @dataclass(frozen=True)

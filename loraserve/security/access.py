@@ -17,6 +17,7 @@ from loraserve.wire_errors import abort
 
 _USER = frozenset({Role.USER, Role.ADMIN})
 _OPERATOR = frozenset({Role.ADMIN, Role.NODE})
+_ADMIN = frozenset({Role.ADMIN})
 _NODE = frozenset({Role.NODE})
 _ALL = frozenset(Role)
 
@@ -40,6 +41,7 @@ ACCESS: Mapping[str, frozenset[Role]] = {
     "/loraserve.v1.ControllerService/Heartbeat": _NODE,
     "/loraserve.v1.ControllerService/WatchRoutes": _ALL,
     "/loraserve.v1.ControllerService/ResolveAdapter": _NODE,
+    "/loraserve.v1.ControllerService/GetClusterStatus": _ADMIN,
     "/grpc.health.v1.Health/Check": frozenset(),
     "/grpc.health.v1.Health/List": _ALL,
     "/grpc.health.v1.Health/Watch": frozenset(),

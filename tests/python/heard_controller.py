@@ -49,17 +49,13 @@ class FakeController(controller_pb2_grpc.ControllerServiceServicer):
         self.registrations: list[Any] = []
         self.beats: list[Any] = []
         self.streams = 0
+        self.states: dict[str, int] = {}
         self._outbox: asyncio.Queue[HeartbeatResponse | None] = asyncio.Queue()
 
     @property
     def results(self) -> dict[int, str]:
         """By command id: what went wrong, or nothing."""
         return {r.command_id: r.error.message for beat in self.beats for r in beat.results}
-
-    @property
-    def states(self) -> dict[str, int]:
-        """As the last heartbeat says."""
-        return {f"{r.adapter.name}@{r.revision[0]}": r.state for r in self.beats[-1].residency}
 
     def demand(self, name: str) -> tuple[int, int, int]:
         """Of all heartbeats that were answered."""
@@ -101,8 +97,18 @@ class FakeController(controller_pb2_grpc.ControllerServiceServicer):
     async def _read(self, requests: Any) -> None:
         async for beat in requests:
             self.beats.append(beat)
+            self._note(beat)
             if not self.silent:
                 self.send()
+
+    def _note(self, beat: Any) -> None:
+        """Keeps `states`: copies as of the last heartbeat, which may say only what changed."""
+        if not beat.since_generation:
+            self.states = {}
+        for copy in beat.residency:
+            self.states[f"{copy.adapter.name}@{copy.revision[0]}"] = copy.state
+        for key in beat.removed:
+            self.states.pop(f"{key.adapter.name}@{key.revision[0]}", None)
 
 
 @contextlib.asynccontextmanager

@@ -37,6 +37,7 @@ WHO = {
     "Heartbeat": "node",
     "WatchRoutes": "admin node user",
     "ResolveAdapter": "node",
+    "GetClusterStatus": "admin",
     "Check": "",
     "Watch": "",
     "List": "admin node user",

@@ -5,7 +5,9 @@ LORASERVE_REWRITE_TRANSCRIPTS=1 writes what the core does now into the files; re
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +16,13 @@ from loraserve.controller.events import (
     AdapterRemoved,
     AdapterUpdated,
     AskRegister,
+    AskResidency,
     Copy,
     DemandSample,
     Effect,
     Event,
     Heartbeat,
+    LinkLost,
     NodeLost,
     NodeRecord,
     NodeRegistered,
@@ -27,12 +31,13 @@ from loraserve.controller.events import (
     SavePlacement,
     SendDrop,
     SendLoad,
+    TellOperator,
     Tick,
 )
 from loraserve.controller.state import ControllerState, Settings
 from loraserve.errors import LoraServeError
 from loraserve.placement.policies import policy_named
-from loraserve.placement.types import AdapterId, AdapterSpec
+from loraserve.placement.types import AdapterId, AdapterSpec, in_order
 
 POLICY = policy_named("rank_aware")
 FILES = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
@@ -49,44 +54,134 @@ def spec(name: str, options: dict[str, str]) -> AdapterSpec:
 
 def show(effect: Effect) -> str:
     match effect:
-        case SavePlacement(holders):
-            placed = (f"{a.name}:{'+'.join(n)}" for a, n in sorted(holders.items()))
-            return f"save {' '.join(placed)}"
+        case SavePlacement(holders, _, removed):
+            placed = [f"{a.name}:{'+'.join(n)}" for a, n in holders.items()]
+            return f"save {' '.join([*placed, *(f'{a.name}:nowhere' for a in removed)])}"
         case SendLoad(node, _, s):
             return f"{node} <- load {s.adapter.name}@{s.revision}"
         case SendDrop(node, _, a, revision):
             return f"{node} <- drop {a.name}@{revision}"
-        case PublishRoutes(version):
-            return f"publish v{version}"
+        case PublishRoutes(version, delta):
+            changed = [r.adapter.name for r in delta.adapters]
+            changed += [f"-{a.name}" for a in delta.removed_adapters]
+            changed += [n.node_id for n in delta.nodes] + [f"-{n}" for n in delta.removed_nodes]
+            return f"publish v{version}: {' '.join(changed)}"
         case NodeLost(node):
             return f"lost {node}"
         case AskRegister(node):
             return f"{node} <- register"
+        case AskResidency(node):
+            return f"{node} <- say everything"
+        case TellOperator(message):
+            return f"tell: {message}"
 
 
 def show_routes(state: ControllerState) -> Iterator[str]:
-    for a, route in sorted(state.routes.adapters.items()):
+    for a in in_order(state.routes.adapters):
+        route = state.routes.adapters[a]
         for r in route.revisions:
-            yield f"{a.name}@{r.revision} -> {' '.join(h.node_id for h in r.holders)}"
+            held = (h.node_id + (f"*{h.weight}" if h.weight != 100 else "") for h in r.holders)
+            yield f"{a.name}@{r.revision} -> {' '.join(held)}"
         if not route.revisions:
             yield f"{a.name}@{route.revision} -> nowhere: {route.unrouted_reason}"
 
 
+def number(text: str) -> float:
+    return float(text) if text in ("nan", "inf") else int(text)
+
+
+@dataclass
+class Told:
+    """A node that exists in the lines only. One that obeys holds at its next heartbeat what it was
+    told to. `demand`: tokens (prefill, decode) of each heartbeat."""
+
+    copies: dict[tuple[str, str], Residency] = field(default_factory=dict)
+    demand: dict[str, tuple[float, float]] = field(default_factory=dict)
+    obeys: bool = False
+    generation: int = 0
+    applied: int = 0
+    last_load: int = 0
+
+    def obey(self, command: SendLoad | SendDrop) -> None:
+        self.applied = command.command_id
+        if isinstance(command, SendLoad):
+            self.copies[command.spec.adapter.name, command.spec.revision] = Residency.HOST
+        else:
+            self.copies.pop((command.adapter.name, command.revision), None)
+
+
 class Play:
-    """One transcript's controller; nodes exist in the lines only."""
+    """One transcript's controller."""
 
     def __init__(self) -> None:
-        self.state = ControllerState(Settings(), POLICY, epoch=1)
-        self.generation = 0
-        self.last_load: dict[str, int] = {}
+        self.settings = Settings()
+        self.nodes: dict[str, Told] = {}
+        self.state = ControllerState(self.settings, POLICY, 1)
+
+    # Lines that are no event
+
+    def with_settings(self, words: list[str]) -> None:
+        given = {k: int(v) for k, v in (word.split("=") for word in words)}
+        self.settings = replace(Settings(), **given)
+        self.state = ControllerState(self.settings, POLICY, 1)
 
     def restart(self, words: list[str]) -> None:
         histories, placement = [], {}
         for word in words:
-            name, options, node = word.split(":")
+            name, options, nodes = word.split(":")
             histories.append((spec(name, dict(o.split("=") for o in options.split(","))),))
-            placement[adapter(name)] = (node,)
-        self.state = ControllerState(Settings(), POLICY, 2, histories, placement)
+            placement[adapter(name)] = tuple(nodes.split("+"))
+        for node in self.nodes.values():
+            node.applied = 0
+        self.state = ControllerState(self.settings, POLICY, 2, histories, placement)
+
+    def use(self, words: list[str]) -> None:
+        """Demand of each heartbeat from now on: NODE NAME=PREFILL+DECODE..."""
+        name, *samples = words
+        demand = self.nodes[name].demand = {}
+        for sample in samples:
+            who, counts = sample.split("=")
+            prefill, decode = map(number, counts.split("+"))
+            demand[who] = (prefill, decode)
+
+    def passes(self, count: int, names: list[str]) -> Iterator[Effect]:
+        """So many periods: these nodes say what they said before, then time passes."""
+        for _ in range(count):
+            for name in names:
+                yield from self.step(self.beat(name))
+            yield from self.step(Tick())
+
+    # Events
+
+    def beat(self, name: str, **fields: Any) -> Heartbeat:
+        node = self.nodes[name]
+        node.generation += 1
+        copies = tuple(Copy(adapter(a), r, state) for (a, r), state in node.copies.items())
+        demand = tuple(DemandSample(adapter(a), p, d) for a, (p, d) in node.demand.items())
+        given: dict[str, Any] = {"applied_command": node.applied, "demand": demand}
+        return Heartbeat(name, 1, node.generation, copies, **(given | fields))
+
+    def delta(self, name: str, rest: list[str], options: dict[str, str]) -> Heartbeat:
+        """NAME@REVISION:STATE changed, -NAME@REVISION went, since=GENERATION."""
+        node = self.nodes[name]
+        node.generation += 1
+        copies, removed = [], []
+        for word in rest:
+            if word.startswith("-"):
+                who, revision = word[1:].split("@")
+                removed.append((adapter(who), revision))
+            elif "@" in word:
+                copies.append(self.copy(word))
+        since = int(options.get("since", node.generation - 1))
+        return Heartbeat(
+            name, 1, node.generation, tuple(copies), since_generation=since, removed=tuple(removed)
+        )
+
+    @staticmethod
+    def copy(word: str) -> Copy:
+        held, state = word.split(":")
+        who, revision = held.split("@")
+        return Copy(adapter(who), revision, Residency[state.upper()])
 
     def event(self, verb: str, name: str, rest: list[str]) -> Event:
         options = dict(word.split("=") for word in rest if "=" in word)
@@ -94,24 +189,33 @@ class Play:
             case "tick":
                 return Tick()
             case "node":
-                incarnation, rank = options.get("incarnation", "1"), options.get("max_rank", "0")
-                memory = int(options["memory"])
-                return NodeRegistered(
-                    NodeRecord(name, int(incarnation), f"{name}:1", "base", "", memory, int(rank))
+                self.nodes[name] = Told(obeys="obeys" in rest)
+                record = NodeRecord(
+                    name,
+                    int(options.get("incarnation", "1")),
+                    f"{name}:1",
+                    "base",
+                    "",
+                    int(options["memory"]),
+                    int(options.get("max_rank", "0")),
+                    options.get("domain", ""),
+                    float(options.get("speed", "1")),
                 )
+                return NodeRegistered(record, int(options.get("heard_epoch", "0")))
             case "beat":
-                self.generation += 1
-                copies = []
-                for word in rest:
-                    if "@" in word:
-                        held, state = word.split(":")
-                        who, revision = held.split("@")
-                        copies.append(Copy(adapter(who), revision, Residency[state.upper()]))
+                node = self.nodes.setdefault(name, Told())
+                copies = [self.copy(word) for word in rest if "@" in word]
+                node.copies = {(c.adapter.name, c.revision): c.state for c in copies}
+                applied = int(options.get("applied", "0"))
+                epoch = int(options.get("epoch", "0"))
                 draining = "draining" in rest
-                return Heartbeat(name, 1, self.generation, tuple(copies), draining=draining)
+                return self.beat(name, draining=draining, applied_command=applied, epoch=epoch)
+            case "delta":
+                return self.delta(name, rest, options)
+            case "unlink":
+                return LinkLost(name, 1)
             case "fail":
-                failed = ((self.last_load[name], " ".join(rest)),)
-                return Heartbeat(name, 1, self.generation, failed=failed)
+                return self.beat(name, failed=((self.nodes[name].last_load, " ".join(rest)),))
             case "add":
                 return AdapterAdded(spec(name, options))
             case "update":
@@ -120,20 +224,40 @@ class Play:
                 return AdapterRemoved(adapter(name))
         raise ValueError(verb)
 
+    def step(self, event: Event) -> list[Effect]:
+        effects = self.state.step(event)
+        for effect in effects:
+            if isinstance(effect, SendLoad | SendDrop):
+                node = self.nodes[effect.node_id]
+                if isinstance(effect, SendLoad):
+                    node.last_load = effect.command_id
+                if node.obeys:
+                    node.obey(effect)
+        return effects
+
     def line(self, line: str) -> Iterator[str]:
         verb, *words = line.split()
-        if verb == "restart":
-            return self.restart(words)
-        if verb == "routes":
-            return (yield from show_routes(self.state))
+        match verb:
+            case "settings":
+                return self.with_settings(words)
+            case "restart":
+                return self.restart(words)
+            case "use":
+                return self.use(words)
+            case "routes":
+                return (yield from show_routes(self.state))
+            case "ignored":
+                return (yield from (f"{why}: {n}" for why, n in sorted(self.state.ignored.items())))
+            case "wanted":
+                return (yield from (w.reason for w in self.state.wanted.values()))
+            case "pass":
+                count, *names = words
+                return (yield from map(show, self.passes(int(count), names)))
         try:
-            effects = self.state.step(self.event(verb, words[0] if words else "", words[1:]))
+            effects = self.step(self.event(verb, words[0] if words else "", words[1:]))
         except LoraServeError as error:
             return (yield f"{error.reason}: {error}")
-        for effect in effects:
-            if isinstance(effect, SendLoad):
-                self.last_load[effect.node_id] = effect.command_id
-            yield show(effect)
+        yield from map(show, effects)
 
 
 def perform(text: str) -> str:
@@ -160,16 +284,3 @@ def test_transcript(path: Path) -> None:
 
 def test_there_are_transcripts() -> None:
     assert len(FILES) >= 4
-
-
-def test_demand_is_a_smoothed_rate() -> None:
-    state = ControllerState(Settings(placement_interval_ticks=10), POLICY, 1)
-    state.step(NodeRegistered(NodeRecord("n1", 1, "n1:1", "base", "", 100)))
-    sql = AdapterSpec(adapter("sql"), "a1", 10, 8)
-    state.step(AdapterAdded(sql))
-    for _ in range(10):
-        state.step(Heartbeat("n1", 1, 1, demand=(DemandSample(sql.adapter, 300, 100),)))
-        state.step(Tick())
-    rate = state._demand.rates[sql.adapter]
-    assert rate.prefill == pytest.approx(0.8 * 300)
-    assert rate.decode == pytest.approx(0.8 * 100)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -137,13 +138,39 @@ def test_a_change_is_told_long_before_the_period_is_over(tmp_path: Path) -> None
     play(tmp_path, script, FakeController(period_s=30))
 
 
+def test_after_the_first_heartbeat_only_changes_are_told(tmp_path: Path) -> None:
+    async def script(fake: FakeController, server: NodeServer, *_: object) -> None:
+        fake.send(load(1, "sql", "a"), load(2, "code", "b"))
+        await until(lambda: fake.states == {"sql@a": HOST, "code@b": HOST}, "loaded")
+        assert fake.beats[0].since_generation == 0
+        count = len(fake.beats)
+        await until(lambda: len(fake.beats) > count + 2, "idle heartbeats")
+        for before, beat in pairwise(fake.beats):
+            assert beat.since_generation == before.generation
+            assert (beat.epoch, len(beat.residency) <= 2) == (fake.epoch, True)
+        assert not any(beat.residency or beat.removed for beat in fake.beats[count + 1 :])
+        fake.send(send_full_residency=True)
+        await until(lambda: fake.beats[-1].since_generation == 0, "everything again")
+        assert len(fake.beats[-1].residency) == 2
+        fake.send(drop(3, "sql", "a"))
+        await until(lambda: fake.states == {"code@b": HOST}, "dropped")
+        assert any(beat.removed for beat in fake.beats)
+        fake.hang_up()
+        await until(lambda: fake.streams == 2 and len(fake.registrations) == 2, "another stream")
+        assert fake.registrations[1].heard_epoch == fake.epoch
+
+    play(tmp_path, script)
+
+
 def test_a_node_that_is_not_known_registers_again(tmp_path: Path) -> None:
     async def script(fake: FakeController, server: NodeServer, *_: object) -> None:
         fake.send(load(5, "sql", "a"))
         await until(lambda: 5 in fake.results, "loaded")
         fake.send(must_register=True)
         await until(lambda: len(fake.registrations) == 2 and fake.streams == 2, "registered")
-        assert fake.registrations[1] == fake.registrations[0]
+        again = fake.registrations[0]
+        again.heard_epoch = fake.epoch
+        assert fake.registrations[1] == again
         await until(lambda: fake.beats[-1].applied_command_id == 0, "a new count")
         assert fake.states == {"sql@a": HOST}  # what it holds stays
         fake.send(load(1, "code", "b"))  # ids begin again
@@ -312,7 +339,8 @@ def test_drops_wait_for_the_requests_that_use_the_copy(tmp_path: Path) -> None:
         await until(lambda: bool(len(server.node.requests)), "running")
         fake.send(drop(2, "sql", "a"))
         await until(lambda: fake.states == {"sql@a": DRAINING}, "draining")
-        assert fake.beats[-1].residency[0].active_requests == 1
+        last = next(beat for beat in reversed(fake.beats) if beat.residency)
+        assert last.residency[0].active_requests == 1
         assert 2 not in fake.results
         assert len(await running) == 60
         await until(lambda: fake.results.get(2) == "", "gone")

@@ -18,13 +18,15 @@ from loraserve.client.route_table import (
     static_table,
     updated,
 )
-from loraserve.controller.controller_servicer import _messages
 from loraserve.controller.events import Residency
+from loraserve.controller.route_log import RouteChanges, keys_of
+from loraserve.controller.route_messages import messages
 from loraserve.controller.routes import AdapterRoute as SentAdapter
 from loraserve.controller.routes import NodeRoute as SentNode
 from loraserve.controller.routes import RevisionRoute as SentRevision
 from loraserve.controller.routes import RouteHolder as SentHolder
 from loraserve.controller.routes import RouteTable as SentTable
+from loraserve.controller.routes import difference
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.types import AdapterId
 from loraserve.v1.common_pb2 import RESIDENCY_STATE_HOST
@@ -198,6 +200,10 @@ def sent_table(version: int, drawn: tuple[dict[str, Any], dict[str, str]]) -> Se
     return SentTable(1, version, adapters, nodes)
 
 
+def everything(adapter: AdapterId) -> bool:
+    return True
+
+
 def copied(routes: RouteTable, of: SentTable) -> bool:
     """Whether the client's table is the controller's."""
     nodes = {
@@ -235,7 +241,8 @@ def test_whatever_the_controller_goes_through_the_client_follows(
         if step in breaks:
             made.begin()
             sent = None
-        for message in _messages(sent, now):
+        changed = keys_of(difference(sent, now)) if sent else None
+        for message in messages(RouteChanges(now, changed), everything, "", first=sent is None):
             assert made.take(update_from_wire(message))
         assert copied(made.table, now)
         sent = now
@@ -250,7 +257,7 @@ def test_wire_routes_are_read_whole() -> None:
         {key: SentAdapter(key, "r", (revision,), "why")},
         {"n1": SentNode("n1", "h:1", True, 5, "base", "digest")},
     )
-    (message,) = _messages(None, sent)
+    (message,) = messages(RouteChanges(sent, None), everything, "", first=True)
     assert update_from_wire(WatchRoutesResponse(more=True)).more
     update = update_from_wire(message)
     assert (update.epoch, update.version, update.full, update.more) == (3, 4, True, False)

@@ -135,7 +135,8 @@ def test_what_moves_is_counted_and_takes_time() -> None:
         return Placement({s.adapter: (node,) for s in problem.adapters}, {})
 
     work = workload(rate=2.0)
-    ran = run(work, moving, nodes=2, link=LinkSettings(1e9, 1e9, 0.1))
+    control = Settings(placement_interval_ticks=15, least_gain=-1.0)
+    ran = run(work, moving, nodes=2, link=LinkSettings(1e9, 1e9, 0.1), control=control)
     check_conserved(work, ran)
     whole = sum(ran.adapters.sizes)
     assert len(calls) > 7

@@ -33,7 +33,7 @@ def test_a_registry_comes_back(store: SqliteStore, tmp_path: Path) -> None:
     other = record("sql", "a1", tenant="zeta")
     for each in (sql, poet, other):
         store.put_adapter(each)
-    placed = {sql.adapter: ("n1", "n2"), poet.adapter: ("n2",)}
+    placed = {sql.adapter: {"n1": 0.25, "n2": 0.75}, poet.adapter: {"n2": 1.0}}
     store.save_placement(placed)
     store.close()
     again = SqliteStore(tmp_path / "state.sqlite")
@@ -60,13 +60,35 @@ def test_remove_takes_the_revisions_along(store: SqliteStore) -> None:
     store.remove_adapter(AdapterId("zeta", "base", "sql"))
 
 
-def test_save_placement_replaces_the_whole(store: SqliteStore) -> None:
+def test_a_placement_is_saved_by_its_changes(store: SqliteStore) -> None:
     a, b = AdapterId("t", "base", "a"), AdapterId("t", "base", "b")
-    store.save_placement({a: ("n1",), b: ("n1", "n2")})
-    store.save_placement({b: ("n2", "n3")})
-    assert store.placement() == {b: ("n2", "n3")}
-    store.save_placement({})
+    store.save_placement({a: {"n1": 1.0}, b: {"n1": 0.5, "n2": 0.5}})
+    store.save_placement({b: {"n2": 0.9, "n3": 0.1}})
+    assert store.placement() == {a: {"n1": 1.0}, b: {"n2": 0.9, "n3": 0.1}}
+    store.save_placement({b: {"n1": 1.0}}, [a])
+    assert store.placement() == {b: {"n1": 1.0}}
+    store.save_placement({}, [a, b])
     assert store.placement() == {}
+
+
+def test_a_store_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
+    path, a = tmp_path / "state.sqlite", AdapterId("t", "base", "a")
+    store = SqliteStore(path)
+    store.put_adapter(record("sql", "a1"))
+    store.close()
+    with sqlite3.connect(path) as old:
+        old.execute("ALTER TABLE placement DROP COLUMN share")
+        old.execute("INSERT INTO placement VALUES ('t', 'base', 'a', 'n1')")
+        old.execute("PRAGMA user_version = 1")
+    old.close()
+    store = SqliteStore(path)
+    assert store.placement() == {a: {"n1": 1.0}}
+    assert store.adapters() == [record("sql", "a1")]
+    store.save_placement({a: {"n1": 0.5, "n2": 0.5}})
+    store.close()
+    again = SqliteStore(path)
+    assert again.placement() == {a: {"n1": 0.5, "n2": 0.5}}
+    again.close()
 
 
 def test_a_failed_write_changes_nothing(store: SqliteStore) -> None:

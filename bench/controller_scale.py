@@ -1,0 +1,347 @@
+"""The controller's core, its route watch and the client's table at 100,000 adapters on 1,000 nodes.
+
+    python bench/controller_scale.py [--adapters N] [--nodes N] [--watchers N] [--out FILE]
+
+The core is driven without a network: nodes hold what they were told to. Timed are single events:
+heartbeats that say nothing new, that bring demand of 20 adapters, and that tell of one copy that
+changed; ticks without and with 10,000 active adapters; a new adapter; a lost node; a whole
+placement. Then a real servicer in this process sends a change of one adapter to all watchers, from
+the event to the last of them. The client's table is measured by tracemalloc. One JSON object with
+machine, commit and command.
+"""
+
+import argparse
+import asyncio
+import gc
+import hashlib
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from loraserve.client.messages import update_from_wire
+from loraserve.client.route_table import RouteBook
+from loraserve.controller.events import (
+    AdapterAdded,
+    Copy,
+    DemandSample,
+    Effect,
+    Event,
+    Heartbeat,
+    NodeRecord,
+    NodeRegistered,
+    Residency,
+    SendDrop,
+    SendLoad,
+    Tick,
+)
+from loraserve.controller.route_log import RouteChanges
+from loraserve.controller.route_messages import messages
+from loraserve.controller.server import ControllerOptions, ControllerServer
+from loraserve.controller.state import ControllerState, Settings
+from loraserve.placement.policies import DEFAULT_POLICY, policy_named
+from loraserve.placement.types import AdapterId, AdapterSpec
+from loraserve.v1 import controller_pb2, controller_pb2_grpc
+from loraserve.wire import dial
+
+RANKS, PARTS = (8, 16, 32, 64, 128), (0.30, 0.25, 0.20, 0.15, 0.10)
+BYTES_PER_RANK = 5_242_880
+ACTIVE = 10_000
+
+
+def specs(count: int, seed: int) -> list[AdapterSpec]:
+    ranks = random.Random(seed).choices(RANKS, PARTS, k=count)
+    return [
+        AdapterSpec(
+            AdapterId(f"tenant-{i % 500:03d}", "base", f"customer-adapter-{i:06d}"),
+            hashlib.sha256(str(i).encode()).hexdigest(),
+            rank * BYTES_PER_RANK,
+            rank,
+        )
+        for i, rank in enumerate(ranks)
+    ]
+
+
+class Cluster:
+    """The core and nodes that do at once what they are told to."""
+
+    def __init__(self, adapters: list[AdapterSpec], nodes: int) -> None:
+        self.settings = Settings(placement_interval_ticks=1_000_000, move_bytes=1 << 40)
+        policy = policy_named(DEFAULT_POLICY)
+        self.state = ControllerState(self.settings, policy, 1, [(s,) for s in adapters])
+        memory = int(1.6 * sum(s.size_bytes for s in adapters) / nodes)
+        self.memory = memory
+        self.generation = dict.fromkeys((f"node-{i:04d}" for i in range(nodes)), 1)
+        self.changes: dict[str, list[Copy]] = {n: [] for n in self.generation}
+        for node_id in self.generation:
+            self.register(node_id)
+        for _ in range(8):
+            self.beats()
+            self.step(Tick())
+
+    def register(self, node_id: str) -> None:
+        address = f"{node_id}:7410"
+        self.step(NodeRegistered(NodeRecord(node_id, 1, address, "base", "", self.memory)))
+        self.step(Heartbeat(node_id, 1, 1))
+
+    def step(self, event: Event) -> list[Effect]:
+        effects = self.state.step(event)
+        for effect in effects:
+            if isinstance(effect, SendLoad):
+                spec = effect.spec
+                copy = Copy(spec.adapter, spec.revision, Residency.HOST)
+                self.changes[effect.node_id].append(copy)
+            assert not isinstance(effect, SendDrop)
+        return effects
+
+    def beat(self, node_id: str, demand: tuple[DemandSample, ...] = ()) -> Heartbeat:
+        """What changed since the node's heartbeat before."""
+        copies, self.changes[node_id] = tuple(self.changes[node_id]), []
+        since = self.generation[node_id]
+        if copies:
+            self.generation[node_id] += 1
+        return Heartbeat(
+            node_id, 1, self.generation[node_id], copies, demand, since_generation=since
+        )
+
+    def beats(self) -> None:
+        for node_id in self.generation:
+            self.step(self.beat(node_id))
+
+
+def timed(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def quantiles(times_s: Iterable[float]) -> dict[str, float]:
+    ordered = sorted(times_s)
+    return {
+        "median_ms": round(1e3 * statistics.median(ordered), 4),
+        "p99_ms": round(1e3 * ordered[int(0.99 * (len(ordered) - 1))], 4),
+    }
+
+
+def core(adapters: list[AdapterSpec], nodes: int, seed: int) -> tuple[dict[str, Any], Cluster]:
+    begin = time.perf_counter()
+    cluster = Cluster(adapters, nodes)
+    start_s = time.perf_counter() - begin
+    state, pick = cluster.state, random.Random(seed)
+    assert state.unrouted == 0, state.unrouted
+    ids = list(cluster.generation)
+
+    def steps(events: Iterable[Event]) -> dict[str, float]:
+        return quantiles([timed(lambda e=event: cluster.step(e)) for event in events])  # type: ignore[misc]
+
+    def samples(count: int) -> tuple[DemandSample, ...]:
+        return tuple(DemandSample(pick.choice(adapters).adapter, 50, 10) for _ in range(count))
+
+    def one_copy_changed() -> Iterator[Heartbeat]:
+        for node_id in (n for n in ids if state.nodes[n].copies):
+            (adapter, revision), copy = next(iter(state.nodes[node_id].copies.items()))
+            device = copy.state is Residency.DEVICE
+            now = Residency.HOST if device else Residency.DEVICE
+            cluster.changes[node_id].append(Copy(adapter, revision, now))
+            yield cluster.beat(node_id)
+
+    def active_tick() -> Tick:
+        for sample in samples(ACTIVE):
+            state._planner.count(sample.adapter, 50, 10)
+        return Tick()
+
+    out: dict[str, Any] = {
+        "start_s": round(start_s, 2),
+        "heartbeat_nothing_new": steps(cluster.beat(n) for n in ids),
+        "heartbeat_demand_of_20": steps(cluster.beat(n, samples(20)) for n in ids),
+        "heartbeat_one_copy_changed": steps(one_copy_changed()),
+        "whole_heartbeat": steps(
+            Heartbeat(n, 1, cluster.generation[n], tuple(state.nodes[n].copies.values()))
+            for n in ids
+        ),
+    }
+    for _ in range(2):
+        cluster.step(Tick())
+        cluster.beats()
+    ticks = []
+    for _ in range(12):
+        ticks.append(timed(lambda: cluster.step(Tick())))
+        cluster.beats()
+    out["tick_idle"] = quantiles(ticks)
+    ticks = []
+    for _ in range(12):
+        tick = active_tick()
+        ticks.append(timed(lambda t=tick: cluster.step(t)))  # type: ignore[misc]
+        cluster.beats()
+    out["tick_10000_active"] = quantiles(ticks)
+    out["adapter_added"] = steps(
+        AdapterAdded(
+            AdapterSpec(AdapterId("tenant-new", "base", f"new-{i}"), f"{i:064x}", 16 << 20, 16)
+        )
+        for i in range(50)
+    )
+    cluster.beats()
+    whole = []
+    for _ in range(3):
+        state._planner.request(state._tick)
+        whole.append(timed(lambda: cluster.step(Tick())))
+        cluster.beats()
+    out["whole_placement_ms"] = round(1e3 * statistics.median(whole), 1)
+    dead = ids[-1]
+    routed_before = state.routes.version
+    for _ in range(5):
+        for node_id in ids[:-1]:
+            cluster.step(cluster.beat(node_id))
+        spent = timed(lambda: cluster.step(Tick()))
+        if dead not in state.nodes:
+            break
+    out["node_lost_ms"] = round(1e3 * spent, 1)
+    assert state.routes.version > routed_before
+    return out, cluster
+
+
+def restart(cluster: Cluster) -> dict[str, float]:
+    """A controller that comes back: its core from the registry, then all nodes report."""
+    state = cluster.state
+    histories = [state.history(a) for a in state.routes.adapters]
+    placement = {a: t.nodes for a, t in state._targets.all.items()}
+    reports = {n: tuple(node.copies.values()) for n, node in state.nodes.items()}
+    begin = time.perf_counter()
+    policy = policy_named(DEFAULT_POLICY)
+    again = ControllerState(cluster.settings, policy, 2, histories, placement)
+    made_s = time.perf_counter() - begin
+    for node_id, copies in reports.items():
+        again.step(NodeRegistered(state.nodes[node_id].record))
+        again.step(Heartbeat(node_id, 1, 1, copies))
+    return {
+        "core_made_s": round(made_s, 2),
+        "all_routed_s": round(time.perf_counter() - begin, 2),
+        "unrouted": again.unrouted,
+    }
+
+
+def client_table(cluster: Cluster) -> dict[str, float]:
+    """The table as a client of all tenants gets it."""
+
+    def parts() -> Iterator[controller_pb2.WatchRoutesResponse]:
+        return messages(RouteChanges(cluster.state.routes, None), lambda _: True, "", True)
+
+    wire = [m.SerializeToString() for m in parts()]
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    book = RouteBook()
+    for data in wire:
+        book.take(update_from_wire(controller_pb2.WatchRoutesResponse.FromString(data)))
+    gc.collect()
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    names = [a.name for a in islice(book.table.adapters, 2000)]
+    begin = time.perf_counter()
+    for name in names:
+        assert book.table.find("", name) is not None
+    find_s = (time.perf_counter() - begin) / len(names)
+    begin = time.perf_counter()
+    again = RouteBook()
+    for data in wire:
+        again.take(update_from_wire(controller_pb2.WatchRoutesResponse.FromString(data)))
+    return {
+        "adapters": len(book.table.adapters),
+        "memory_mb": round(held / 1e6, 2),
+        "wire_mb": round(sum(map(len, wire)) / 1e6, 2),
+        "read_s": round(time.perf_counter() - begin, 2),
+        "find_us": round(1e6 * find_s, 1),
+    }
+
+
+async def watchers(adapters: list[AdapterSpec], count: int) -> dict[str, Any]:
+    """From an event of the core to the last of the watchers, over the wire in this process. The
+    watchers are of the role that sees all tenants; most of the time is theirs."""
+    with tempfile.TemporaryDirectory() as directory:
+        options = ControllerOptions("127.0.0.1:0", Path(directory))
+        server = ControllerServer(options)
+        await server.start()
+        state = server.runtime.state
+        for spec in adapters[:5000]:
+            state._catalog.add(spec)
+        state._dirty |= set(state._catalog)
+        await server.runtime.apply(NodeRegistered(NodeRecord("n", 1, "n:1", "base", "", 1 << 60)))
+        heard: asyncio.Queue[int] = asyncio.Queue()
+
+        async def watch() -> None:
+            async with dial(server.address) as channel:
+                stub: Any = controller_pb2_grpc.ControllerServiceStub(channel)
+                async for message in stub.WatchRoutes(controller_pb2.WatchRoutesRequest()):
+                    if not message.more:
+                        heard.put_nowait(message.version)
+
+        tasks = [asyncio.create_task(watch()) for _ in range(count)]
+        version = state.routes.version
+        for _ in range(count):
+            assert await heard.get() == version
+        times = []
+        for i in range(30):
+            spec = AdapterSpec(AdapterId("t", "base", f"more-{i}"), f"{i:064x}", 1, 8)
+            begin = time.perf_counter()
+            await server.runtime.apply(AdapterAdded(spec))
+            version = state.routes.version
+            left = count
+            while left:
+                left -= await heard.get() == version
+            times.append(time.perf_counter() - begin)
+            await asyncio.sleep(0.02)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.stop(0.1)
+        return {"watchers": count, "last_heard": quantiles(times)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapters", type=int, default=100_000)
+    parser.add_argument("--nodes", type=int, default=1_000)
+    parser.add_argument("--watchers", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    adapters = specs(arguments.adapters, arguments.seed)
+    measured, cluster = core(adapters, arguments.nodes, arguments.seed)
+    result = {
+        "command": " ".join(["python", "bench/controller_scale.py", *sys.argv[1:]]),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "machine": {
+            "cpus": os.cpu_count(),
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+        },
+        "adapters": arguments.adapters,
+        "nodes": arguments.nodes,
+        "core": measured,
+        "restart": restart(cluster),
+        "client_table": client_table(cluster),
+    }
+    del cluster
+    result["route_watch"] = asyncio.run(watchers(adapters, arguments.watchers))
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
