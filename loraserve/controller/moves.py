@@ -172,8 +172,9 @@ class Moves:
         """Whether the copy is neither wanted nor routed, and others serve its adapter."""
         adapter, revision = key
         spec = self._catalog.current(adapter)
-        if spec is None:
-            return True  # removed from the cluster: nothing of it stays
+        if spec is None or self._catalog.revision(adapter, revision) is None:
+            # Removed from the cluster, and perhaps created anew: nobody may be answered from it.
+            return True
         if revision == spec.revision and node_id in self._targets[adapter].nodes:
             return False
         routed = {

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 
 from loraserve import Client, Engine, EngineConfig, SamplingParams
+from loraserve.checkpoint.packed_adapter import write_packed
+from loraserve.checkpoint.peft_adapter import read_arrays
 from loraserve.cli import main
+from loraserve.client import RetryPolicy
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
 from loraserve.demo.cluster import Cluster
 from loraserve.demo.skills import SKILLS, expected_answer, held_out_words, prompt
 from loraserve.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
+    FailedPreconditionError,
     InvalidArgumentError,
     InvalidCheckpointError,
     LoraServeError,
@@ -167,7 +171,7 @@ def running_requests(site: Site) -> int:
 def still_serves(client: Client, name: str) -> bool:
     try:
         client.generate(prompt("word"), GREEDY, adapter=name)
-    except NotFoundError:
+    except (NotFoundError, FailedPreconditionError):
         return False
     return True
 
@@ -256,6 +260,34 @@ def test_an_adapter_of_other_weights_serves_where_that_was_allowed(
     assert command(cluster, *add, "--allow-base-mismatch") == 0
     assert client.generate(prompt("word"), GREEDY, adapter="foreign").text == "WORD"
     client.adapters.remove("foreign")
+
+
+def test_a_removed_adapter_does_not_answer_for_the_next_of_its_name(
+    cluster: Site, tmp_path: Path
+) -> None:
+    _, client = cluster
+    client.adapters.add("mine", adapter_directory("upper"), base=MODEL_NAME)
+    client.wait_routable(["mine"])
+    assert client.generate(prompt("word"), GREEDY, adapter="mine").text == "WORD"
+    client.adapters.remove("mine")
+    # One that no node can load, so that nothing takes the old copy's place.
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    arrays = {f"{name}A.weight": np.ones((2, 7), np.float32)}
+    arrays[f"{name}B.weight"] = np.ones((9, 2), np.float32)
+    config = {"r": 2, "lora_alpha": 2, "peft_type": "LORA", "target_modules": ["q_proj"]}
+    write_packed(read_arrays(arrays, config), tmp_path / "misfit.lora")
+    client.adapters.add("mine", tmp_path / "misfit.lora", base=MODEL_NAME)
+    with pytest.raises(LoraServeError):
+        client.generate(prompt("word"), GREEDY, adapter="mine")
+    # The nodes drop what they have of the removed one, so that its name alone finds nothing either.
+    addresses = [node.address for node in client.routes.nodes.values()]
+    deadline = time.monotonic() + 15
+    for address in addresses:
+        with Client(nodes=[address], retry=RetryPolicy(max_attempts=1)) as direct:
+            while still_serves(direct, "mine"):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    client.adapters.remove("mine")
 
 
 def test_generate_prints_what_the_client_gets(

@@ -143,6 +143,8 @@ class Cluster(RuleBasedStateMachine):
         route = self.state.routes.adapters.get(drop.adapter)
         if route is None:
             return  # removed from the cluster
+        if self.state.revision(drop.adapter, drop.revision) is None:
+            return  # of a name that was removed and created anew
         routed = {(h.node_id, r.revision) for r in route.revisions for h in r.holders}
         assert routed
         assert (drop.node_id, drop.revision) not in routed
