@@ -121,8 +121,8 @@ class RequestHandle:
 class Engine:
     """Loads a model and answers requests. Every method may be called from any thread.
 
-    A context manager; `close` otherwise. Raises the typed errors of loraserve.errors, each naming
-    the field it is about.
+    A context manager; `close` otherwise, or it runs until the program ends. Raises the typed errors
+    of loraserve.errors, each naming the field it is about.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -331,8 +331,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the engine after its current step; waiting callers get UnavailableError."""
-        self._native.stop()
-        self._delivery.join()
+        self._delivery.stop()
         self._table.closed()
 
     def __enter__(self) -> "Engine":
