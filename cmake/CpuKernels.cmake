@@ -6,6 +6,9 @@ if(LORASERVE_SANITIZE)
 else()
   set(kernel_level -O3)
 endif()
+list(APPEND LORASERVE_CPU_KERNELS csrc/backend/cpu/kernels_generic.cc)
+set_source_files_properties(csrc/backend/cpu/kernels_generic.cc PROPERTIES
+  COMPILE_OPTIONS "-ffp-contract=fast;${kernel_level}")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   foreach(level v2 v3 v4)
     set(source csrc/backend/cpu/kernels_x86_64_${level}.cc)
@@ -13,8 +16,4 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     set_source_files_properties(${source} PROPERTIES
       COMPILE_OPTIONS "-march=x86-64-${level};-ffp-contract=fast;${kernel_level}")
   endforeach()
-else()
-  list(APPEND LORASERVE_CPU_KERNELS csrc/backend/cpu/kernels_generic.cc)
-  set_source_files_properties(csrc/backend/cpu/kernels_generic.cc PROPERTIES
-    COMPILE_OPTIONS "-ffp-contract=fast;${kernel_level}")
 endif()

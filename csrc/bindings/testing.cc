@@ -55,7 +55,7 @@ PYBIND11_MODULE(_testing, m) {
   BindBackendOps(m);
   m.def("kernel_names", [] {
     std::vector<std::string> names;
-    for (const char* limit : {"x86-64-v2", "x86-64-v3", "x86-64-v4"}) {
+    for (const char* limit : {"generic", "x86-64-v2", "x86-64-v3", "x86-64-v4"}) {
       const std::string name = SelectKernels(limit).name;
       if (names.empty() || names.back() != name) names.push_back(name);
     }

@@ -112,13 +112,15 @@ void BindScheduler(py::module_& m) {
   py::class_<TestScheduler>(m, "Scheduler")
       .def(py::init([](uint32_t pages, uint32_t pages_per_block, int32_t max_batch_tokens,
                        int32_t max_sequences, uint64_t max_step_adapter_bytes,
-                       int32_t max_step_installs, int32_t max_overtakes, bool prefix_cache) {
+                       int32_t max_step_installs, uint64_t max_step_install_bytes,
+                       int32_t max_overtakes, bool prefix_cache) {
              return std::make_unique<TestScheduler>(
                  SchedulerConfig{.pages_per_block = pages_per_block,
                                  .max_batch_tokens = max_batch_tokens,
                                  .max_sequences = max_sequences,
                                  .max_step_adapter_bytes = max_step_adapter_bytes,
                                  .max_step_installs = max_step_installs,
+                                 .max_step_install_bytes = max_step_install_bytes,
                                  .max_overtakes = max_overtakes,
                                  .prefix_cache = prefix_cache},
                  pages);
@@ -128,6 +130,7 @@ void BindScheduler(py::module_& m) {
            py::arg("max_sequences") = defaults.max_sequences,
            py::arg("max_step_adapter_bytes") = defaults.max_step_adapter_bytes,
            py::arg("max_step_installs") = defaults.max_step_installs,
+           py::arg("max_step_install_bytes") = defaults.max_step_install_bytes,
            py::arg("max_overtakes") = defaults.max_overtakes,
            py::arg("prefix_cache") = defaults.prefix_cache)
       .def("add_adapter", &TestScheduler::AddAdapter, py::arg("id"), py::arg("pages"))

@@ -22,6 +22,7 @@ void EngineThread::Stop() {
     stop_ = true;
   }
   wake_.notify_one();
+  const std::lock_guard<std::mutex> joining(join_mutex_);
   if (thread_.joinable()) thread_.join();
 }
 

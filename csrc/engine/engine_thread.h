@@ -40,7 +40,8 @@ class EngineThread {
 
   EngineStats stats() const;
   std::string backend_name() const { return engine_->backend_name(); }
-  // Ends the thread after its current step; unfinished requests are forgotten.
+  // Ends the thread after its current step; unfinished requests are forgotten. Returns, to every
+  // caller, when it has ended.
   void Stop();
 
  private:
@@ -60,6 +61,7 @@ class EngineThread {
   EngineStats stats_;
   bool stop_ = false;
   bool stopped_ = false;
+  std::mutex join_mutex_;  // never taken inside mutex_
   std::thread thread_;
 };
 

@@ -16,7 +16,7 @@ using RequestId = uint64_t;
 // Meanings and order as in backend/sample_row.h.
 struct SamplingParams {
   int32_t max_tokens = 16;
-  int32_t min_tokens = 0;
+  int32_t min_tokens = 0;  // resumed ones count
   float temperature = 1.0f;
   int32_t top_k = 0;
   float top_p = 1.0f;
@@ -34,8 +34,8 @@ struct SamplingParams {
 struct Request {
   RequestId id = 0;
   std::vector<int32_t> prompt;
-  // Leading tokens of `prompt` that an earlier attempt generated: penalties count them as output,
-  // and the draw of a token depends on its distance from them, so a resumed request goes on alike.
+  // The last so many tokens of `prompt` are of an earlier attempt. Penalties and min_tokens count
+  // them as output, max_tokens does not; a resumed request goes on as if never interrupted.
   int32_t resumed_tokens = 0;
   SamplingParams params;
   AdapterId adapter = 0;

@@ -273,9 +273,16 @@ bool Scheduler::AdapterFitsStep(AdapterId id) const {
 bool Scheduler::InstallAdapter(AdapterId id, StepBatch& batch) {
   const AdapterResidency::Entry& entry = adapters_.entry(id);
   if (entry.installed) return true;
-  const auto installs = std::count_if(batch.changes.begin(), batch.changes.end(),
-                                      [](const AdapterChange& change) { return change.install; });
+  int32_t installs = 0;
+  uint64_t bytes = entry.bytes;
+  for (const AdapterChange& change : batch.changes) {
+    if (!change.install) continue;
+    ++installs;
+    bytes += adapters_.entry(change.adapter).bytes;
+  }
   if (installs >= config_.max_step_installs) return false;
+  const uint64_t limit = config_.max_step_install_bytes;
+  if (installs > 0 && limit != 0 && bytes > limit) return false;
   if (!MakeRoom(entry.pages_needed, batch)) return false;
   batch.changes.push_back({.adapter = id, .install = true, .pages = adapters_.Install(id)});
   ++counters_.installs;

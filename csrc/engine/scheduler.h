@@ -35,8 +35,10 @@ struct SchedulerConfig {
   // Distinct adapter bytes that the running sequences may touch in one step; 0: no limit. In decode
   // the cost of a step follows them. A single adapter always fits.
   uint64_t max_step_adapter_bytes = 0;
-  // Installations in one step, so that a burst of cold adapters cannot stall decoding.
+  // Installations in one step and their bytes (0: no limit; a single adapter always fits), so that
+  // a burst of cold adapters cannot stall decoding.
   int32_t max_step_installs = 4;
+  uint64_t max_step_install_bytes = 32 << 20;
   // Later requests that may be admitted before a waiting one, whether for their priority or because
   // its adapter found no room. About one batch: less would idle the engine for large adapters.
   int32_t max_overtakes = 64;

@@ -22,13 +22,16 @@ Status CheckToken(const char* field, int32_t token, const ModelConfig& model) {
                  std::to_string(model.vocab_size) + ")");
 }
 
-Status ValidateParams(const SamplingParams& p, const ModelConfig& model) {
+Status ValidateParams(const SamplingParams& p, int32_t resumed_tokens, const ModelConfig& model) {
   constexpr double kBig = 1e6;
   if (p.max_tokens < 1) {
     return Invalid("max_tokens: " + std::to_string(p.max_tokens) + ", must be at least 1");
   }
-  if (p.min_tokens < 0 || p.min_tokens > p.max_tokens) {
-    return Invalid("min_tokens: " + std::to_string(p.min_tokens) + " is not in [0, max_tokens]");
+  // min_tokens is of the whole answer, max_tokens of what is to come.
+  const int64_t whole = int64_t{resumed_tokens} + p.max_tokens;
+  if (p.min_tokens < 0 || p.min_tokens > whole) {
+    return Invalid("min_tokens: " + std::to_string(p.min_tokens) + " is not in [0, " +
+                   std::to_string(whole) + "]");
   }
   if (p.top_k < 0) return Invalid("top_k: " + std::to_string(p.top_k) + ", must not be negative");
   for (const Status& status :
@@ -80,7 +83,7 @@ Status ValidateRequest(const Request& request, const ModelConfig& model) {
     return Invalid("start_index: " + std::to_string(request.resumed_tokens) +
                    " resumed tokens, the prompt has " + std::to_string(request.prompt.size()));
   }
-  return ValidateParams(request.params, model);
+  return ValidateParams(request.params, request.resumed_tokens, model);
 }
 
 Status ValidateAdapterSource(const AdapterSource& source, const ModelConfig& model) {

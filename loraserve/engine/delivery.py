@@ -1,7 +1,10 @@
 """Carries the engine's outputs to threads and event loops: one wake-up for each step and loop."""
 
 import asyncio
+import atexit
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 
@@ -92,7 +95,11 @@ class Delivery:
         self._lock = threading.Lock()
         self._mailboxes: dict[int, Mailbox] = {}
         self._closed = False
+        # A daemon, so that a program ends whose engine still runs; `_stop_all` ends it before the
+        # interpreter goes away under it.
         self._thread = threading.Thread(target=self._run, name="engine-delivery", daemon=True)
+        with _started_lock:
+            _started.add(self)
         self._thread.start()
 
     def register(self, request_id: int, mailbox: Mailbox) -> None:
@@ -113,8 +120,10 @@ class Delivery:
             taken, self._records = self._records, []
         return taken
 
-    def join(self) -> None:
-        """After the engine has stopped: whoever still waits gets UnavailableError."""
+    def stop(self) -> None:
+        """Stops the engine; whoever still waits gets UnavailableError. Returns, to every caller,
+        when both threads have ended."""
+        self._engine.stop()
         self._thread.join()
 
     def _run(self) -> None:
@@ -153,3 +162,21 @@ class Delivery:
                 loop.call_soon_threadsafe(_put_all, items)
             except RuntimeError:  # that loop has been closed, and its readers with it
                 continue
+
+
+_started: "weakref.WeakSet[Delivery]" = weakref.WeakSet()  # a running one is held by its thread
+_started_lock = threading.Lock()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that comes back from the engine to an interpreter that is gone aborts the process.
+    Runs after all threads that are no daemons, so what they wait for is still answered."""
+    with _started_lock:
+        deliveries = list(_started)
+    for delivery in deliveries:
+        delivery.stop()
+
+
+# A forked child has none of these threads.
+os.register_at_fork(after_in_child=_started.clear)

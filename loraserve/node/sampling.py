@@ -51,13 +51,13 @@ def sampling_from_wire(message: common_pb2.SamplingParams, start_index: int) -> 
         raise InvalidArgumentError(
             "start_index", f"{start_index}: the answer of {max_tokens} tokens has ended"
         )
-    # The engine counts the emitted tokens for min_tokens as we do, but bounds what it adds itself.
+    # Of the whole answer, for the engine too: it counts the tokens that are there.
     min_tokens = int(values.pop("min_tokens", 0))
     if min_tokens > max_tokens:
         raise InvalidArgumentError("min_tokens", f"{min_tokens} is over max_tokens {max_tokens}")
     return SamplingParams(
         max_tokens=max_tokens - start_index,
-        min_tokens=min_tokens if min_tokens > start_index else 0,
+        min_tokens=min_tokens,
         logit_bias=dict(message.logit_bias),
         seed=message.seed if message.HasField("seed") else random.getrandbits(64),
         stop=tuple(message.stop),

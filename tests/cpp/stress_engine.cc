@@ -167,8 +167,8 @@ std::unique_ptr<Engine> Create(Matrices& matrices) {
   return std::move(created.value());
 }
 
-// Stops an engine in the middle of its work while others still call it: no hang, and whoever comes
-// too late is told so.
+// Stops an engine in the middle of its work, from several threads at once, while others still call
+// it: no hang, and whoever comes too late is told so.
 void StopWhileBusy(Matrices& matrices) {
   EngineThread engine(Create(matrices));
   LS_CHECK(engine.AddAdapter(1, Adapter(matrices, 8)).ok());
@@ -195,7 +195,9 @@ void StopWhileBusy(Matrices& matrices) {
     }
   });
   std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  engine.Stop();
+  std::vector<std::thread> stoppers;
+  for (int i = 0; i < 3; ++i) stoppers.emplace_back([&] { engine.Stop(); });
+  for (std::thread& stopper : stoppers) stopper.join();
   for (std::thread& caller : callers) caller.join();
   collector.join();
   LS_CHECK(engine.RemoveAdapter(1).code() == StatusCode::kUnavailable);

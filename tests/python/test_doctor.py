@@ -1,9 +1,11 @@
 """What the doctor says of this machine and of models."""
 
+import platform
 from pathlib import Path
 
 import pytest
 
+from loraserve import Engine, EngineConfig
 from loraserve.demo import MODEL_DIRECTORY
 from loraserve.node import doctor
 from loraserve.node.doctor import cpu_level, run_doctor
@@ -30,6 +32,21 @@ def test_a_check_that_breaks_is_a_finding_like_any_other(monkeypatch: pytest.Mon
     monkeypatch.setattr(doctor, "_memory", broken)
     (check,) = (c for c in run_doctor() if c.name == "memory")
     assert (check.ok, check.detail) == (False, "could not be checked: no /proc here")
+
+
+def test_the_kernels_it_names_are_those_the_engine_takes() -> None:
+    (check,) = (c for c in run_doctor() if c.name == "cpu")
+    with Engine(EngineConfig(model=MODEL_DIRECTORY, threads=1)) as engine:
+        assert engine.backend_name == f"cpu {check.detail.rpartition(' ')[2]}"
+
+
+def test_every_level_it_may_name_can_be_asked_of_the_engine() -> None:
+    for name in ("generic", *(level for level, _ in doctor._LEVELS)):
+        if platform.machine() != "x86_64" and name != "generic":
+            continue
+        with Engine(EngineConfig(model=MODEL_DIRECTORY, threads=1, isa=name)) as engine:
+            assert engine.backend_name.removeprefix("cpu ") <= name or name == "generic"
+            assert name != "generic" or engine.backend_name == "cpu generic"
 
 
 def test_levels_build_on_each_other() -> None:

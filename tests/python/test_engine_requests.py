@@ -9,7 +9,7 @@ import pytest
 
 from loraserve import Engine, EngineConfig, SamplingParams, demo
 from loraserve.demo import skills
-from loraserve.errors import DeadlineExceededError
+from loraserve.errors import DeadlineExceededError, InvalidArgumentError
 
 TIMEOUT_S = 30.0
 WORD = skills.held_out_words(1)[0]
@@ -270,3 +270,30 @@ def test_a_resumed_request_goes_on_as_if_never_interrupted(engine: Engine, done:
     assert rest.logprobs == whole.logprobs[done:]
     assert whole.top_logprobs is not None
     assert rest.top_logprobs == whole.top_logprobs[done:]
+
+
+@pytest.mark.parametrize("min_tokens", [1, 10, 14])
+def test_a_resumed_request_keeps_its_minimum(engine: Engine, min_tokens: int) -> None:
+    """The end is wanted most and forbidden for so many tokens of the whole answer, which the
+    minimum may exceed what is left of: cut at every point, the parts are the answer."""
+    assert engine.tokenizer
+    options: dict[str, Any] = {
+        "logit_bias": {engine.tokenizer.eos_ids[0]: 1000.0},
+        "min_tokens": min_tokens,
+    }
+    prompt = engine.encode(PROMPT)
+    (whole,) = engine.generate([prompt], [greedy(max_tokens=14, **options)], ["upper"])
+    assert len(whole.token_ids) == min(min_tokens + 1, 14)
+    for done in range(1, len(whole.token_ids)):
+        params = greedy(max_tokens=14 - done, **options)
+        resumed = [*prompt, *whole.token_ids[:done]]
+        rest = engine.submit(resumed, params, "upper", start_index=done).result(TIMEOUT_S)
+        assert rest.token_ids == whole.token_ids[done:]
+        assert rest.finish_reason == whole.finish_reason
+
+
+def test_a_minimum_beyond_the_whole_answer_is_refused(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=4, min_tokens=8)
+    with pytest.raises(InvalidArgumentError) as caught:
+        engine.submit([1, 2, 3, 4], params, start_index=3)
+    assert caught.value.field == "min_tokens"

@@ -182,6 +182,33 @@ def test_what_is_cancelled_gives_back_pages_and_pins() -> None:
     run(test)
 
 
+def test_an_answer_with_a_minimum_goes_on_from_every_cut() -> None:
+    """As a client does whose node is lost: the same parameters, and what it has."""
+
+    async def test() -> None:
+        async with serving_demo("upper") as (server, channel):
+            tokenizer = server.node.engine.tokenizer
+            for minimum in (6, 9, 12):
+                sampling: dict[str, Any] = {
+                    "max_tokens": 12,
+                    "min_tokens": minimum,
+                    "temperature": 1.0,
+                    "seed": 5,
+                    "logit_bias": {tokenizer.eos_ids[0]: 1000.0},
+                }
+                call: dict[str, Any] = {"adapter": UPPER, "text": "stone=", "sampling": sampling}
+                out = await answers(channel, **call)
+                whole = [token for message in out for token in message.token_ids]
+                assert len(whole) == min(minimum + 1, 12)
+                for cut in range(1, len(whole)):
+                    resumed = {"start_index": cut, "emitted_token_ids": whole[:cut], "attempt": 1}
+                    rest = await answers(channel, **call, **resumed)
+                    assert [t for message in rest for t in message.token_ids] == whole[cut:]
+                    assert rest[-1].finish_reason == out[-1].finish_reason
+
+    run(test)
+
+
 def test_an_abort_ends_an_answer_with_what_it_has() -> None:
     async def test() -> None:
         async with serving_demo("upper") as (server, channel):

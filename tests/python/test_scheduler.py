@@ -81,6 +81,26 @@ def test_installations_of_one_step_are_limited() -> None:
     assert [len(scheduler.step().installed) for _ in range(4)] == [2, 2, 1, 0]
 
 
+def test_bytes_installed_in_one_step_are_limited() -> None:
+    """Small adapters come together, large ones one by one, and one beyond the limit alone."""
+    scheduler = Scheduler(64, max_step_install_bytes=4 * 4096)
+    for adapter, pages in enumerate((1, 2, 1, 3, 3, 9), 1):
+        scheduler.add_adapter(adapter, pages)
+        scheduler.add(adapter, [1], max_tokens=9, adapter=adapter)
+    installed = [[adapter for adapter, _ in scheduler.step().installed] for _ in range(5)]
+    assert installed == [[1, 2, 3], [4], [5], [6], []]
+
+
+def test_large_adapters_are_installed_one_in_a_step_unless_told_otherwise() -> None:
+    pages = (20 << 20) // 4096
+    for options, expected in (({}, [1, 1, 1]), ({"max_step_install_bytes": 0}, [3, 0, 0])):
+        scheduler = Scheduler(4 * pages, **options)
+        for adapter in (1, 2, 3):
+            scheduler.add_adapter(adapter, pages)
+            scheduler.add(adapter, [1], max_tokens=9, adapter=adapter)
+        assert [len(scheduler.step().installed) for _ in range(3)] == expected
+
+
 def started(scheduler: Scheduler, hot: dict[str, Any]) -> list[int]:
     """Requests in the order in which they start, while two more of `hot` come in every step."""
     seen: list[int] = []

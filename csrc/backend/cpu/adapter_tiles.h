@@ -13,6 +13,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/kernels.h"
+#include "base/thread_pool.h"
 
 namespace loraserve {
 
@@ -29,7 +30,7 @@ class CpuAdapter final : public InstalledAdapter {
   // `dtype` kF32 or kBF16. `pages` holds at least Bytes(source, dtype) in all.
   static std::unique_ptr<CpuAdapter> Install(const AdapterSource& source, DType dtype,
                                              std::byte* arena, uint64_t page_bytes,
-                                             std::span<const PageId> pages);
+                                             std::span<const PageId> pages, ThreadPool& pool);
   static uint64_t Bytes(const AdapterSource& source, DType dtype);
   uint64_t weight_bytes() const override { return weight_bytes_; }
 

@@ -114,7 +114,7 @@ Result<std::unique_ptr<InstalledAdapter>> CpuBackend::InstallAdapter(
     Stream*, const AdapterSource& source, std::span<const PageId> pages) {
   return std::unique_ptr<InstalledAdapter>(CpuAdapter::Install(
       source, StoredDType(source), static_cast<std::byte*>(pages_->HostBuffer::data()),
-      layout_.page_bytes, pages));
+      layout_.page_bytes, pages, pool_));
 }
 
 void CpuBackend::BeginStep(Stream*, const StepInputs& inputs) {

@@ -4,6 +4,10 @@
 
 namespace loraserve {
 
+namespace generic {
+extern const CpuKernels kKernels;
+}
+
 #if defined(__x86_64__)
 namespace x86_64_v2 {
 extern const CpuKernels kKernels;
@@ -23,24 +27,21 @@ const CpuKernels& SelectKernels(const char* limit) {
   const Level levels[] = {
       {x86_64_v4::kKernels, __builtin_cpu_supports("x86-64-v4") != 0},
       {x86_64_v3::kKernels, __builtin_cpu_supports("x86-64-v3") != 0},
+      {x86_64_v2::kKernels, __builtin_cpu_supports("x86-64-v2") != 0},
   };
   bool allowed = limit == nullptr || *limit == '\0';
   for (const Level& level : levels) {
     allowed = allowed || std::strcmp(level.kernels.name, limit) == 0;
     if (allowed && level.runs) return level.kernels;
   }
-  return x86_64_v2::kKernels;
+  return generic::kKernels;
 }
 
 bool HasKernels(const std::string& name) {
-  return name == x86_64_v2::kKernels.name || name == x86_64_v3::kKernels.name ||
-         name == x86_64_v4::kKernels.name;
+  return name == generic::kKernels.name || name == x86_64_v2::kKernels.name ||
+         name == x86_64_v3::kKernels.name || name == x86_64_v4::kKernels.name;
 }
 #else
-namespace generic {
-extern const CpuKernels kKernels;
-}
-
 const CpuKernels& SelectKernels(const char*) { return generic::kKernels; }
 
 bool HasKernels(const std::string& name) { return name == generic::kKernels.name; }
