@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-batch-tokens", type=int, default=512, help="in one engine step")
     add("--max-queued-requests", type=int, default=limits.max_queued_requests)
     add("--max-prompt-bytes", type=int, default=limits.max_prompt_bytes)
+    add(
+        "--stall-timeout-s",
+        type=float,
+        default=limits.stall_timeout_s,
+        help="a request ends whose client reads nothing for so long",
+    )
     add("--drain-timeout-s", type=float, default=30.0, help="for requests that run at the end")
     add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -90,6 +96,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("max_queued_requests", 0),
         ("max_prompt_bytes", 1),
         ("drain_timeout_s", 0),
+        ("stall_timeout_s", 0.001),
     ):
         if not getattr(arguments, name) >= lowest:
             _parser().error(f"--{name.replace('_', '-')}: at least {lowest}")
@@ -157,6 +164,7 @@ def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
             max_queued_requests=arguments.max_queued_requests,
             max_prompt_bytes=arguments.max_prompt_bytes,
             adapter_memory_bytes=arguments.adapter_memory_bytes,
+            stall_timeout_s=arguments.stall_timeout_s,
         ),
         drain_timeout_s=arguments.drain_timeout_s,
         devices=(device_of(model),),

@@ -48,7 +48,7 @@ class Node:
         self.devices = tuple(devices)
         self.drain_timeout_s = drain_timeout_s
         self.metrics = metrics or NodeMetrics()
-        self.requests = LiveRequests(limits.max_requests)
+        self.requests = LiveRequests(limits)
         self.demand = DemandCounter()
         self.draining = False
         self._on_change = on_change
