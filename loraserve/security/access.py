@@ -42,7 +42,7 @@ ACCESS: Mapping[str, frozenset[Role]] = {
     "/loraserve.v1.ControllerService/ResolveAdapter": _NODE,
     "/grpc.health.v1.Health/Check": frozenset(),
     "/grpc.health.v1.Health/List": _ALL,
-    "/grpc.health.v1.Health/Watch": frozenset(),
+    "/grpc.health.v1.Health/Watch": _ALL,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ALL,
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": _ALL,
 }
