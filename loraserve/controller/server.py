@@ -82,14 +82,15 @@ class ControllerServer:
         try:
             options.data_dir.mkdir(parents=True, exist_ok=True)
             self._blobs = DurableStore(options.store or str(options.data_dir / "adapters"))
-            self._admission = Admission(options.data_dir / "staging", options.inspector)
         except OSError as error:
             raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
+        # First of all, as its lock keeps a second controller away from what the first one writes.
         self._store = SqliteStore(options.data_dir / "controller.sqlite")
         self.metrics = ControllerMetrics()
         self._metrics_server: MetricsServer | None = None
         self._ticking: asyncio.Task[None] | None = None
         try:
+            self._admission = self._clean(options)
             self.runtime = Runtime.start(self._store, options.settings, policy)
         except BaseException:
             self._store.close()
@@ -98,6 +99,14 @@ class ControllerServer:
         self._gate = gate
         self.address = ""
         self.metrics_address = ""
+
+    def _clean(self, options: ControllerOptions) -> Admission:
+        """Admission, and away with what a controller that was killed left half written."""
+        try:
+            self._blobs.remove_staged()
+            return Admission(options.data_dir / "staging", options.inspector)
+        except OSError as error:
+            raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
 
     async def start(self) -> None:
         """Listens and serves. Raises UnavailableError where an address is taken; then `stop` is
