@@ -4,20 +4,17 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from itertools import islice
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
 from loraserve.controller.convert import (
     adapter_id_from_wire,
-    adapter_id_to_wire,
     command_to_wire,
     heartbeat_from_wire,
+    in_parts,
     load_to_wire,
     node_from_wire,
-    node_route_to_wire,
-    route_to_wire,
 )
 from loraserve.controller.events import AskRegister, NodeRecord, NodeRegistered
 from loraserve.controller.metrics import ControllerMetrics
@@ -28,9 +25,6 @@ from loraserve.security import Identity, current_identity
 from loraserve.security.identity import check_revision
 from loraserve.v1 import controller_pb2, controller_pb2_grpc
 from loraserve.wire_errors import typed_errors
-
-# Keeps a message of a large table well below the limit of 4 MiB.
-ROUTES_PER_MESSAGE = 4000
 
 _log = logging.getLogger(__name__)
 
@@ -190,18 +184,6 @@ def _messages(
         epoch=table.epoch,
         version=table.version,
         full=sent is None,
-        nodes=[node_route_to_wire(n) for n in delta.nodes],
-        removed_adapters=[adapter_id_to_wire(a) for a in delta.removed_adapters],
         removed_node_ids=delta.removed_nodes,
     )
-    messages = [message]
-    routes = iter(delta.adapters)
-    message.adapters.extend(route_to_wire(r) for r in islice(routes, ROUTES_PER_MESSAGE))
-    while part := [route_to_wire(r) for r in islice(routes, ROUTES_PER_MESSAGE)]:
-        messages[-1].more = True
-        messages.append(
-            controller_pb2.WatchRoutesResponse(
-                epoch=table.epoch, version=table.version, adapters=part
-            )
-        )
-    return messages
+    return list(in_parts(message, delta.nodes, delta.removed_adapters, delta.adapters))
