@@ -4,12 +4,15 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
-from loraserve.errors import InvalidArgumentError, UnavailableError
+from loraserve.errors import InvalidArgumentError, LoraServeError, UnavailableError
 
 CANNOT_START = 2
 _PR_SET_PDEATHSIG = 1
@@ -71,3 +74,69 @@ class PortFile:
         if self._path is not None and self._written:
             with contextlib.suppress(OSError):
                 self._path.unlink()
+
+
+class DaemonServer(Protocol):
+    """`start` raises LoraServeError; `stop` is called after it in any case."""
+
+    address: str
+    metrics_address: str
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
+async def _serve(server: DaemonServer, arguments: argparse.Namespace, log: logging.Logger) -> None:
+    port_file = PortFile("port-file", arguments.port_file)
+    metrics_port_file = PortFile("metrics-port-file", arguments.metrics_port_file)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    starting = asyncio.create_task(server.start())
+    waiting = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            log.info("stopped while starting")
+            # A thread that loads cannot be interrupted, and nothing is there yet to be saved.
+            os._exit(0)
+        starting.result()
+        port_file.write(server.address)
+        metrics_port_file.write(server.metrics_address)
+        if server.metrics_address:
+            log.info("metrics on http://%s/metrics", server.metrics_address)
+        await waiting
+        log.info("stopping")
+    finally:
+        waiting.cancel()
+        port_file.remove()
+        metrics_port_file.remove()
+        await server.stop()
+        await other_tasks_end()
+    log.info("stopped")
+
+
+def run_daemon(
+    prog: str,
+    arguments: argparse.Namespace,
+    log: logging.Logger,
+    make_server: Callable[[], DaemonServer],
+) -> int:
+    """Serves until SIGTERM or SIGINT. Exit code: 0 after a signal, CANNOT_START where one line on
+    stderr says why."""
+    logging.basicConfig(
+        level=arguments.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+    async def run() -> None:
+        await _serve(make_server(), arguments, log)
+
+    try:
+        end_with_parent(arguments.end_with)
+        asyncio.run(run())
+    except (LoraServeError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return CANNOT_START
+    return 0

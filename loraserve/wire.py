@@ -25,7 +25,13 @@ KEEPALIVE_TIMEOUT_MS = 1000
 
 Options = list[tuple[str, int]]
 
+# Of one connection; a client's further calls wait in the client. Well over what a node takes.
+MAX_STREAMS = 1024
+
 SERVER_OPTIONS: Options = [
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    # Would refuse calls of a client that keeps to the bound but is a round trip behind.
+    ("grpc.http.overload_protection", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A stream that waits for its first token is silent: its pings are not abuse.

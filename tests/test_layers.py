@@ -24,6 +24,7 @@ GROUND = {
     "errors",
     "security",
     "sampling_params",
+    "serving",
     "wire",
     "wire_errors",
     "__init__",

@@ -3,12 +3,13 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from loraserve.checkpoint.durable_store import DurableStore
-from loraserve.controller.admission import Admission, PackedFacts, check_base
+from loraserve.controller.admission import Admission, PackedFacts, check_base, in_time
 from loraserve.controller.convert import adapter_to_wire
 from loraserve.controller.registry import AdapterRegistry
 from loraserve.controller.runtime import Runtime
@@ -50,7 +51,9 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         adapter = AdapterId(current_identity().tenant, self._base(about.base), name)
         self._registry.check_free(adapter)  # before the bytes, not only after them
         await context.send_initial_metadata(UPLOAD_ACCEPTED)
-        async with self._admission.receive(about.size_bytes, _chunks(requests)) as (path, facts):
+        chunks = _chunks(requests)
+        receiving = self._admission.receive(adapter.tenant, about.size_bytes, chunks)
+        async with receiving as (path, facts):
             self._check_base(facts, adapter.base, about.allow_base_mismatch)
             spec = AdapterSpec(adapter, facts.revision, facts.size_bytes, facts.max_rank)
             record = await self._registry.add(spec, path)
@@ -73,7 +76,8 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         else:
             chunks = _chunks(requests)
             await context.send_initial_metadata(UPLOAD_ACCEPTED)
-            async with self._admission.receive(about.size_bytes, chunks) as (path, facts):
+            tenant = known.adapter.tenant
+            async with self._admission.receive(tenant, about.size_bytes, chunks) as (path, facts):
                 self._check_base(facts, known.adapter.base, about.allow_base_mismatch)
                 spec = AdapterSpec(known.adapter, facts.revision, facts.size_bytes, facts.max_rank)
                 record = await self._registry.update(spec, path, expected)
@@ -114,14 +118,13 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         size = await asyncio.to_thread(self._blobs.size_bytes, revision)
         if request.offset_bytes > size:
             raise InvalidArgumentError("offset_bytes", f"{request.offset_bytes} is over {size}")
-        blocks = self._blobs.read(revision, request.offset_bytes)
-        try:
-            block = await asyncio.to_thread(next, blocks, None)
-            yield adapter_pb2.ReadAdapterResponse(chunk=block or b"", size_bytes=size)
-            while block and (block := await asyncio.to_thread(next, blocks, None)):
-                yield adapter_pb2.ReadAdapterResponse(chunk=block)
-        finally:
-            blocks.close()
+        first = True
+        async with contextlib.aclosing(_read(self._blobs, revision, request.offset_bytes)) as parts:
+            async for part in parts:
+                yield adapter_pb2.ReadAdapterResponse(chunk=part, size_bytes=size if first else 0)
+                first = False
+        if first:
+            yield adapter_pb2.ReadAdapterResponse(size_bytes=size)
 
     def _base(self, base: str) -> str:
         """The base that a request means. Raises InvalidArgumentError."""
@@ -152,12 +155,29 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         return adapter_to_wire(record, state.copies(record.adapter), reason)
 
 
+async def _read(blobs: DurableStore, revision: str, offset: int) -> AsyncGenerator[bytes, None]:
+    blocks = blobs.read(revision, offset)
+    reading: asyncio.Future[bytes | None] | None = None
+    try:
+        while True:
+            reading = asyncio.ensure_future(asyncio.to_thread(next, blocks, None))
+            block = await asyncio.shield(reading)
+            if not block:
+                return
+            yield block
+    finally:
+        if reading is not None and not reading.done():
+            # A thread cannot be cancelled, and a generator that it runs cannot be closed.
+            await asyncio.wait({reading})
+        blocks.close()
+
+
 async def _first(requests: AsyncIterator[Any]) -> Any:
-    """The first message of an upload. Raises InvalidArgumentError unless it is a description."""
-    async for request in requests:
-        if request.WhichOneof("part") == "description":
-            return request
-        break
+    """The first message of an upload. Raises InvalidArgumentError unless it is a description,
+    DeadlineExceededError where none comes."""
+    request = await in_time(anext(aiter(requests), None), "description")
+    if request is not None and request.WhichOneof("part") == "description":
+        return request
     raise InvalidArgumentError("description", "must be the first message")
 
 

@@ -5,9 +5,11 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from loraserve.checkpoint.packed_adapter import open_packed
 from loraserve.errors import (
@@ -20,8 +22,14 @@ from loraserve.wire import CHUNK_BYTES
 
 MAX_ADAPTER_BYTES = 8 << 30
 MAX_UPLOADS = 8
+MAX_UPLOADS_OF_A_TENANT = MAX_UPLOADS // 2
 # A client that sends nothing for so long has gone.
 CHUNK_TIMEOUT_S = 30.0
+# Over its whole length an upload is no slower than this; it may be late by the time of one chunk.
+MIN_BYTES_PER_S = 128 << 10
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Admission:
         self._staging = staging
         self._inspector = inspector
         self._max_bytes = max_bytes
-        self._running = 0
+        self._running: Counter[str] = Counter()
         staging.mkdir(parents=True, exist_ok=True)
         for left in staging.iterdir():
             left.unlink()
@@ -71,23 +79,27 @@ class Admission:
     @property
     def running(self) -> int:
         """Uploads that have not ended."""
-        return self._running
+        return self._running.total()
 
     @contextlib.asynccontextmanager
     async def receive(
-        self, size_bytes: int, chunks: AsyncIterator[bytes]
+        self, tenant: str, size_bytes: int, chunks: AsyncIterator[bytes]
     ) -> AsyncIterator[tuple[Path, PackedFacts]]:
         """The checked upload; its file is gone when the block ends.
 
         Raises InvalidArgumentError (sizes), InvalidCheckpointError (content), DeadlineExceededError
-        (stalled) and ResourceExhaustedError (too many uploads, disk full)."""
+        (stalled or too slow) and ResourceExhaustedError (too many uploads, disk full)."""
         if not 0 < size_bytes <= self._max_bytes:
             raise InvalidArgumentError(
                 "size_bytes", f"{size_bytes} is not within 1 and {self._max_bytes}"
             )
-        if self._running >= MAX_UPLOADS:
+        if self.running >= MAX_UPLOADS:
             raise ResourceExhaustedError("uploads", f"{MAX_UPLOADS} are running", 1.0)
-        self._running += 1
+        if self._running[tenant] >= MAX_UPLOADS_OF_A_TENANT:
+            raise ResourceExhaustedError(
+                "uploads", f"{MAX_UPLOADS_OF_A_TENANT} of tenant {tenant!r} are running", 1.0
+            )
+        self._running[tenant] += 1
         path = self._staging / f"{secrets.token_hex(16)}.part"
         try:
             await self._write(path, size_bytes, chunks)
@@ -102,14 +114,22 @@ class Admission:
                 raise ResourceExhaustedError("store", "no space left on the controller") from None
             raise
         finally:
-            self._running -= 1
+            self._running[tenant] -= 1
+            if not self._running[tenant]:
+                del self._running[tenant]
             path.unlink(missing_ok=True)
 
     async def _write(self, path: Path, size_bytes: int, chunks: AsyncIterator[bytes]) -> None:
         received = 0
+        now = asyncio.get_running_loop().time
+        begin = now()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            while (chunk := await _next(chunks)) is not None:
+            while True:
+                late_s = now() - begin - received / MIN_BYTES_PER_S
+                chunk = await _next(chunks, CHUNK_TIMEOUT_S - max(0.0, late_s), received)
+                if chunk is None:
+                    break
                 received += len(chunk)
                 if len(chunk) > CHUNK_BYTES:
                     raise InvalidArgumentError("chunk", f"over {CHUNK_BYTES} bytes")
@@ -122,13 +142,23 @@ class Admission:
             )
 
 
-async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:
+async def in_time(message: Awaitable[T], field: str) -> T:
+    """The next message of an upload. Raises DeadlineExceededError about `field`."""
     try:
-        return await asyncio.wait_for(anext(chunks), CHUNK_TIMEOUT_S)
+        return await asyncio.wait_for(message, CHUNK_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        raise DeadlineExceededError(field, f"nothing for {CHUNK_TIMEOUT_S:g} s") from None
+
+
+async def _next(chunks: AsyncIterator[bytes], left_s: float, received: int) -> bytes | None:
+    try:
+        return await asyncio.wait_for(anext(chunks), left_s)
     except StopAsyncIteration:
         return None
     except asyncio.TimeoutError:
-        raise DeadlineExceededError("chunk", f"nothing for {CHUNK_TIMEOUT_S:g} s") from None
+        raise DeadlineExceededError(
+            "chunk", f"{received} bytes came, then nothing in time for {MIN_BYTES_PER_S} bytes/s"
+        ) from None
 
 
 def check_base(facts: PackedFacts, base: str, digests: set[str], allow_mismatch: bool) -> None:

@@ -1,5 +1,8 @@
 """Wire messages to the controller's values and back. What comes from the wire is checked here."""
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraserve.controller.events import (
@@ -18,6 +21,13 @@ from loraserve.placement.types import AdapterId, AdapterSpec
 from loraserve.security.identity import check_base, check_name, check_revision
 from loraserve.v1 import adapter_pb2, common_pb2, controller_pb2, node_pb2
 from loraserve.wire import split_address
+
+# Of the routes in one message of a watch: well below the limit, whatever a route has in it.
+ROUTES_BYTES = 1 << 20
+# A node's own words, as far as they are told in routes.
+MAX_REASON_CHARACTERS = 300
+# Tag and length of an entry, at most.
+_FIELD_BYTES = 6
 
 
 def adapter_id_from_wire(message: common_pb2.AdapterId) -> AdapterId:
@@ -113,7 +123,7 @@ def route_to_wire(route: AdapterRoute) -> controller_pb2.AdapterRoute:
     message = controller_pb2.AdapterRoute(
         adapter=adapter_id_to_wire(route.adapter),
         revision=route.revision,
-        unrouted_reason=route.unrouted_reason,
+        unrouted_reason=route.unrouted_reason[:MAX_REASON_CHARACTERS],
     )
     for revision in route.revisions:
         made = message.revisions.add(
@@ -128,6 +138,31 @@ def route_to_wire(route: AdapterRoute) -> controller_pb2.AdapterRoute:
                 state=common_pb2.ResidencyState.ValueType(holder.state.value),
             )
     return message
+
+
+def in_parts(
+    head: controller_pb2.WatchRoutesResponse,
+    nodes: Iterable[NodeRoute],
+    removed: Iterable[AdapterId],
+    routes: Iterable[AdapterRoute],
+) -> Iterator[controller_pb2.WatchRoutesResponse]:
+    """`head` with the entries, in as many messages as it takes to keep each of them short."""
+    size = head.ByteSize()
+    whole = chain(
+        (("nodes", node_route_to_wire(n)) for n in nodes),
+        (("removed_adapters", adapter_id_to_wire(a)) for a in removed),
+        (("adapters", route_to_wire(r)) for r in routes),
+    )
+    for field, entry in whole:
+        more = entry.ByteSize() + _FIELD_BYTES
+        if size + more > ROUTES_BYTES:
+            head.more = True
+            yield head
+            head = controller_pb2.WatchRoutesResponse(epoch=head.epoch, version=head.version)
+            size = head.ByteSize()
+        getattr(head, field).append(entry)
+        size += more
+    yield head
 
 
 def node_route_to_wire(node: NodeRoute) -> controller_pb2.NodeRoute:
@@ -166,5 +201,5 @@ def adapter_to_wire(
             )
             for node_id, copy in copies
         ],
-        unrouted_reason=unrouted_reason,
+        unrouted_reason=unrouted_reason[:MAX_REASON_CHARACTERS],
     )

@@ -1,24 +1,14 @@
 """loraserve-controller: reads the command line, runs the controller until SIGTERM or SIGINT."""
 
 import argparse
-import asyncio
-import gc
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from loraserve.controller.server import ControllerOptions, ControllerServer
 from loraserve.controller.state import Settings
-from loraserve.daemon import (
-    CANNOT_START,
-    DaemonParser,
-    PortFile,
-    end_with_parent,
-    other_tasks_end,
-)
-from loraserve.errors import LoraServeError
+from loraserve.daemon import DaemonParser, run_daemon
 from loraserve.placement.policies import DEFAULT_POLICY, POLICIES
 from loraserve.security import TlsFiles
 
@@ -96,51 +86,14 @@ def _check(arguments: argparse.Namespace) -> None:
         _parser().error("--metrics-port-file goes with --metrics-listen")
 
 
-async def _serve(server: ControllerServer, arguments: argparse.Namespace) -> None:
-    port_file = PortFile("port-file", arguments.port_file)
-    metrics_port_file = PortFile("metrics-port-file", arguments.metrics_port_file)
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    try:
-        await server.start()
-        # A registry of 100,000 adapters stays: looking for garbage in it costs heartbeats.
-        gc.collect()
-        gc.freeze()
-        port_file.write(server.address)
-        metrics_port_file.write(server.metrics_address)
-        if server.metrics_address:
-            _log.info("metrics on http://%s/metrics", server.metrics_address)
-        await stopping.wait()
-        _log.info("stopping")
-    finally:
-        await server.stop()
-        port_file.remove()
-        metrics_port_file.remove()
-        await other_tasks_end()
-    _log.info("stopped")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
     arguments = _parser().parse_args(argv)
     _check(arguments)
-    logging.basicConfig(
-        level=arguments.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
+
+    return run_daemon(
+        "loraserve-controller", arguments, _log, lambda: ControllerServer(_options(arguments))
     )
-
-    async def run() -> None:
-        await _serve(ControllerServer(_options(arguments)), arguments)
-
-    try:
-        end_with_parent(arguments.end_with)
-        asyncio.run(run())
-    except (LoraServeError, OSError) as error:
-        print(f"loraserve-controller: {error}", file=sys.stderr)
-        return CANNOT_START
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """What the controller tells Prometheus. Nodes measure requests; here is the cluster as a whole."""
 
-import threading
 from collections.abc import Iterator
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -12,9 +10,7 @@ from prometheus_client.registry import Collector
 from loraserve.controller.events import Residency
 from loraserve.controller.runtime import Runtime
 from loraserve.controller.state import ControllerState
-from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.v1 import common_pb2
-from loraserve.wire import is_loopback, split_address
 
 
 class ControllerMetrics:
@@ -37,34 +33,6 @@ class ControllerMetrics:
 
     def node_load(self, node_id: str, load: common_pb2.NodeLoad) -> None:
         self._loads[node_id] = load
-
-    def serve(self, address: str) -> "MetricsServer":
-        """Serves /metrics by HTTP on loopback. Raises InvalidArgumentError, UnavailableError."""
-        host, port = split_address(address, "metrics-listen")
-        if not is_loopback(address):
-            raise InvalidArgumentError(
-                "metrics-listen", f"{address}: metrics carry no key and stay on loopback"
-            )
-        try:
-            server, thread = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise UnavailableError("metrics-listen", f"cannot bind {address}: {error}") from None
-        return MetricsServer(server, thread)
-
-
-class MetricsServer:
-    """A running /metrics endpoint; `address` is the one that was bound."""
-
-    def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
-        self._server = server
-        self._thread = thread
-        host, port = server.server_address[:2]
-        self.address = f"{host!s}:{port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 class _ClusterCollector(Collector):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -11,18 +12,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import (
-    health,
-    health_pb2,
-    health_pb2_grpc,
-)
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loraserve.checkpoint.durable_store import DurableStore
 from loraserve.controller.adapter_servicer import AdapterServicer
 from loraserve.controller.admission import Admission, Inspector, inspect_packed
 from loraserve.controller.controller_servicer import ControllerServicer
-from loraserve.controller.metrics import ControllerMetrics, MetricsServer
+from loraserve.controller.metrics import ControllerMetrics
 from loraserve.controller.registry import AdapterRegistry
 from loraserve.controller.runtime import Runtime
 from loraserve.controller.state import Settings
@@ -30,6 +27,7 @@ from loraserve.controller.store import SqliteStore
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.policies import DEFAULT_POLICY, policy_named
 from loraserve.security import TlsFiles, authenticator, server_credentials
+from loraserve.serving import Health, MetricsServer, serve_metrics
 from loraserve.v1 import adapter_pb2, adapter_pb2_grpc, controller_pb2, controller_pb2_grpc
 from loraserve.wire import SERVER_OPTIONS, bind, split_address
 
@@ -85,15 +83,15 @@ class ControllerServer:
         try:
             options.data_dir.mkdir(parents=True, exist_ok=True)
             self._blobs = DurableStore(options.store or str(options.data_dir / "adapters"))
-            self._admission = Admission(options.data_dir / "staging", options.inspector)
         except OSError as error:
             raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
+        # First of all, as its lock keeps a second controller away from what the first one writes.
         self._store = SqliteStore(options.data_dir / "controller.sqlite")
-        self._blobs.remove_staged()  # no other controller writes: the state store is ours
         self.metrics = ControllerMetrics()
         self._metrics_server: MetricsServer | None = None
         self._ticking: asyncio.Task[None] | None = None
         try:
+            self._admission = self._clean(options)
             self.runtime = Runtime.start(self._store, options.settings, policy)
         except BaseException:
             self._store.close()
@@ -102,6 +100,14 @@ class ControllerServer:
         self._gate = gate
         self.address = ""
         self.metrics_address = ""
+
+    def _clean(self, options: ControllerOptions) -> Admission:
+        """Admission, and away with what a controller that was killed left half written."""
+        try:
+            self._blobs.remove_staged()  # no other controller writes: the state store is ours
+            return Admission(options.data_dir / "staging", options.inspector)
+        except OSError as error:
+            raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
 
     async def start(self) -> None:
         """Listens and serves. Raises UnavailableError where an address is taken; then `stop` is
@@ -117,23 +123,22 @@ class ControllerServer:
         controller_pb2_grpc.add_ControllerServiceServicer_to_server(
             ControllerServicer(self.runtime, self.metrics), self._server
         )
-        self._health = health.aio.HealthServicer()
-        await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health = Health(SERVICES)
+        await self._health.tell(serving=False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self.address = bind(self._server, options.listen, self._credentials)
         if options.metrics_listen:
-            self._metrics_server = self.metrics.serve(options.metrics_listen)
+            self._metrics_server = serve_metrics(options.metrics_listen, self.metrics.registry)
             self.metrics_address = self._metrics_server.address
         await self._server.start()
+        # A registry of 100,000 adapters stays: looking for garbage in it costs heartbeats.
+        gc.collect()
+        gc.freeze()
         self._ticking = asyncio.create_task(self.runtime.run())
-        await self._tell_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._health.tell(serving=True)
         _log.info("serving on %s", self.address)
-
-    async def _tell_health(self, status: Any) -> None:
-        for name in ("", *SERVICES):
-            await self._health.set(name, status)
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Refuses new calls, ends the streams, lets uploads end for `grace_s`, closes the store."""

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.live import Live
 
 from loraserve.client import AsyncClient
+from loraserve.client.types import AdapterInfo
 from loraserve.demo import MODEL_NAME, adapter_directory, view
 from loraserve.demo.cluster import Cluster, threads_per_node
 from loraserve.demo.replay import Progress, replay
 from loraserve.demo.skills import SKILLS
 from loraserve.demo.tally import Tally, tally
 from loraserve.demo.workload import arrivals
+from loraserve.errors import AlreadyExistsError
 
 _FRAME_S = 0.5
 # Between progress lines, where there is no terminal to redraw.
@@ -36,6 +38,15 @@ class DemoOptions:
     as_json: bool = False
     directory: Path | None = None
     """Where data and logs stay; None: a temporary directory that goes."""
+
+
+async def _admit(client: AsyncClient, name: str) -> AdapterInfo:
+    """Adds a skill's adapter, or makes it what it is now where an earlier demo left its data."""
+    path = adapter_directory(name)
+    try:
+        return await client.adapters.add(name, path, base=MODEL_NAME)
+    except AlreadyExistsError:
+        return await client.adapters.update(name, path, base=MODEL_NAME)
 
 
 @contextlib.asynccontextmanager
@@ -57,9 +68,7 @@ async def _running(options: DemoOptions, console: Console) -> AsyncIterator[Asyn
                 )
             await client.wait_routable(())
             for skill in SKILLS:
-                info = await client.adapters.add(
-                    skill.name, adapter_directory(skill.name), base=MODEL_NAME
-                )
+                info = await _admit(client, skill.name)
                 console.print(
                     f"  adapter {skill.name}: rank {skill.rank}, {info.size_bytes} bytes, "
                     f"{skill.description}"

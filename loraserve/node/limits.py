@@ -27,10 +27,17 @@ class Limits:
     """Of one stop string."""
     adapter_memory_bytes: int = 4 << 30
     """All packed adapters that the node holds."""
+    stall_timeout_s: float = 30.0
+    """A client that reads nothing of its answer for so long has its request ended."""
 
     @property
     def max_requests(self) -> int:
         return self.max_sequences + self.max_queued_requests
+
+    @property
+    def max_requests_of_a_tenant(self) -> int:
+        """An eighth of the slots is out of reach of any one tenant, where there are eight."""
+        return self.max_requests - self.max_requests // 8
 
 
 def check_request(
@@ -81,6 +88,13 @@ def _check_stops(request: inference_pb2.GenerateRequest, limits: Limits) -> None
             raise InvalidArgumentError("stop", f"a string needs 1 to {limits.max_stop_bytes} bytes")
 
 
-def full(what: str, count: int) -> ResourceExhaustedError:
-    """The node, or the queue of one adapter, has its bound of requests."""
-    return ResourceExhaustedError(what, f"{count} requests are here already", RETRY_AFTER_S)
+def full(what: str, count: int, whose: str = "") -> ResourceExhaustedError:
+    """The node, a tenant of it, or the queue of one adapter, has its bound of requests."""
+    return ResourceExhaustedError(what, f"{count} requests{whose} are here already", RETRY_AFTER_S)
+
+
+def stalled(seconds: float) -> ResourceExhaustedError:
+    """The client does not read its answer. Not to be retried: it would not read that either."""
+    return ResourceExhaustedError(
+        "stall_timeout_s", f"the client has read nothing of its answer for {seconds:g} s"
+    )

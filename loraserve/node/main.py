@@ -1,24 +1,16 @@
 """loraserve-node: reads the command line, runs one node until SIGTERM or SIGINT."""
 
 import argparse
-import asyncio
 import logging
 import os
 import platform
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraserve.daemon import (
-    CANNOT_START,
-    DaemonParser,
-    PortFile,
-    end_with_parent,
-    other_tasks_end,
-)
-from loraserve.errors import InvalidArgumentError, LoraServeError
+from loraserve.daemon import DaemonParser, run_daemon
+from loraserve.errors import InvalidArgumentError
 from loraserve.node.limits import Limits
 from loraserve.node.model import ModelOptions, device_of, open_model, read_adapter
 from loraserve.node.server import NodeOptions, NodeServer
@@ -75,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-batch-tokens", type=int, default=512, help="in one engine step")
     add("--max-queued-requests", type=int, default=limits.max_queued_requests)
     add("--max-prompt-bytes", type=int, default=limits.max_prompt_bytes)
+    add(
+        "--stall-timeout-s",
+        type=float,
+        default=limits.stall_timeout_s,
+        help="a request ends whose client reads nothing for so long",
+    )
     add("--drain-timeout-s", type=float, default=30.0, help="for requests that run at the end")
     add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -92,6 +90,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("max_queued_requests", 0),
         ("max_prompt_bytes", 1),
         ("drain_timeout_s", 0),
+        ("stall_timeout_s", 0.001),
     ):
         if not getattr(arguments, name) >= lowest:
             _parser().error(f"--{name.replace('_', '-')}: at least {lowest}")
@@ -162,6 +161,7 @@ def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
             max_queued_requests=arguments.max_queued_requests,
             max_prompt_bytes=arguments.max_prompt_bytes,
             adapter_memory_bytes=arguments.adapter_memory_bytes,
+            stall_timeout_s=arguments.stall_timeout_s,
         ),
         drain_timeout_s=arguments.drain_timeout_s,
         devices=(device_of(model),),
@@ -170,58 +170,17 @@ def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
     )
 
 
-async def _serve(server: NodeServer, arguments: argparse.Namespace) -> None:
-    port_file = PortFile("port-file", arguments.port_file)
-    metrics_port_file = PortFile("metrics-port-file", arguments.metrics_port_file)
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    starting = asyncio.create_task(server.start())
-    waiting = asyncio.create_task(stopping.wait())
-    try:
-        await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            _log.info("stopped while loading the model")
-            # The thread that loads cannot be interrupted, and nothing is there yet to be saved.
-            os._exit(0)
-        starting.result()
-        port_file.write(server.address)
-        metrics_port_file.write(server.metrics_address)
-        if server.metrics_address:
-            _log.info("metrics on http://%s/metrics", server.metrics_address)
-        await waiting
-    finally:
-        waiting.cancel()
-        port_file.remove()
-        metrics_port_file.remove()
-        await server.stop()
-        await other_tasks_end()
-    _log.info("stopped")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
     arguments = _parser().parse_args(argv)
     _check(arguments)
-    logging.basicConfig(
-        level=arguments.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
 
-    async def run() -> None:
+    def make() -> NodeServer:
         model = _model_options(arguments)
         options = _options(arguments, model)
-        server = NodeServer(options, lambda: open_model(model), read_adapter)
-        await _serve(server, arguments)
+        return NodeServer(options, lambda: open_model(model), read_adapter)
 
-    try:
-        end_with_parent(arguments.end_with)
-        asyncio.run(run())
-    except (LoraServeError, OSError) as error:
-        print(f"loraserve-node: {error}", file=sys.stderr)
-        return CANNOT_START
-    return 0
+    return run_daemon("loraserve-node", arguments, _log, make)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
 """What a node tells Prometheus. No series names an adapter: their number has no bound."""
 
-import threading
 from collections.abc import Iterator
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.node.adapters import HeldAdapters
 from loraserve.node.engine_api import ServedEngine
 from loraserve.node.requests import LiveRequests
 from loraserve.v1.common_pb2 import ResidencyState
-from loraserve.wire import is_loopback, split_address
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TBT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -59,34 +55,6 @@ class NodeMetrics:
     def observe(self, engine: ServedEngine, requests: LiveRequests, adapters: HeldAdapters) -> None:
         """Adds the gauges of a node that is ready."""
         self.registry.register(_NodeCollector(engine, requests, adapters))
-
-    def serve(self, address: str) -> "MetricsServer":
-        """Serves /metrics by HTTP on loopback. Raises InvalidArgumentError, UnavailableError."""
-        host, port = split_address(address, "metrics-listen")
-        if not is_loopback(address):
-            raise InvalidArgumentError(
-                "metrics-listen", f"{address}: metrics carry no key and stay on loopback"
-            )
-        try:
-            server, thread = start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise UnavailableError("metrics-listen", f"cannot bind {address}: {error}") from None
-        return MetricsServer(server, thread)
-
-
-class MetricsServer:
-    """A running /metrics endpoint; `address` is the one that was bound."""
-
-    def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
-        self._server = server
-        self._thread = thread
-        host, port = server.server_address[:2]
-        self.address = f"{host!s}:{port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 class _NodeCollector(Collector):

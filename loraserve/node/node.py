@@ -50,7 +50,7 @@ class Node:
         self.relative_speed = relative_speed
         self.drain_timeout_s = drain_timeout_s
         self.metrics = metrics or NodeMetrics()
-        self.requests = LiveRequests(limits.max_requests)
+        self.requests = LiveRequests(limits)
         self.demand = DemandCounter()
         self.draining = False
         self._on_change = on_change

@@ -1,10 +1,12 @@
 """The requests that a node has taken and not yet ended. Lives on the event loop."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 from loraserve.errors import AlreadyExistsError, CancelledError, LoraServeError
-from loraserve.node.limits import full
+from loraserve.node.limits import Limits, full
 
 # A request that was ended waits so long for its client to read what was written before.
 STALLED_S = 5.0
@@ -44,6 +46,20 @@ class LiveRequest:
         """Ends the request with `error` unless it is gone by then."""
         self._timers.append(asyncio.get_running_loop().call_later(seconds, self.end, error))
 
+    @contextlib.contextmanager
+    def cut_off_after(self, seconds: float, error: LoraServeError) -> Iterator[None]:
+        """Cuts the task off, to end with `error`, unless the block ends before."""
+
+        def cut_off() -> None:
+            self.ended_by = self.ended_by or error
+            self._cut_off()
+
+        timer = asyncio.get_running_loop().call_later(seconds, cut_off)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _cut_off(self) -> None:
         """The client does not read: what the request holds must not wait for that."""
         if self.task is not None and not self.cut_off:
@@ -57,10 +73,11 @@ class LiveRequest:
 
 
 class LiveRequests:
-    """Bounded; request ids are unique within a tenant."""
+    """Bounded, in all and for each tenant; request ids are unique within a tenant."""
 
-    def __init__(self, max_requests: int) -> None:
-        self._max_requests = max_requests
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._of_tenant: Counter[str] = Counter()
         self._live: dict[tuple[str, str], LiveRequest] = {}
         # Attempts that a later one has replaced and that have not ended yet.
         self._replaced: set[LiveRequest] = set()
@@ -79,7 +96,7 @@ class LiveRequests:
         """Takes a request; a higher attempt ends the one that runs, whose client is gone.
 
         Raises AlreadyExistsError for any other attempt, ResourceExhaustedError where the node is
-        full.
+        full, or has as many of the tenant as one may have.
         """
         key = (tenant, request_id)
         known = self._live.get(key)
@@ -88,12 +105,17 @@ class LiveRequests:
                 "request_id", f"{request_id!r} runs here in attempt {known.attempt}"
             )
         # The one that is replaced makes room for the new one as soon as it has ended.
-        if len(self) - (known is not None) >= self._max_requests:
+        leaving = known is not None
+        if len(self) - leaving >= self._limits.max_requests:
             raise full("requests", len(self))
+        of_tenant = self._of_tenant[tenant]
+        if of_tenant - leaving >= self._limits.max_requests_of_a_tenant:
+            raise full("requests", of_tenant, f" of tenant {tenant!r}")
         if known is not None:
             self._replaced.add(known)
             known.end(CancelledError("attempt", f"attempt {attempt} has replaced it"))
         self._live[key] = made = LiveRequest(tenant, request_id, attempt)
+        self._of_tenant[tenant] += 1
         self._empty.clear()
         return made
 
@@ -103,6 +125,9 @@ class LiveRequests:
         if self._live.get(key) is request:
             del self._live[key]
         self._replaced.discard(request)
+        self._of_tenant[request.tenant] -= 1
+        if not self._of_tenant[request.tenant]:
+            del self._of_tenant[request.tenant]
         if not len(self):
             self._empty.set()
 

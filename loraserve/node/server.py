@@ -6,14 +6,9 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import (
-    health,
-    health_pb2,
-    health_pb2_grpc,
-)
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loraserve.checkpoint.durable_store import DurableStore
@@ -21,7 +16,7 @@ from loraserve.errors import InvalidArgumentError, LoraServeError, UnavailableEr
 from loraserve.node.engine_api import LoadedModel
 from loraserve.node.heartbeat import ControllerClient, ControllerLink
 from loraserve.node.limits import Limits
-from loraserve.node.metrics import MetricsServer, NodeMetrics
+from loraserve.node.metrics import NodeMetrics
 from loraserve.node.node import Node
 from loraserve.node.node_service import NodeServicer
 from loraserve.node.servicer import InferenceServicer
@@ -43,6 +38,7 @@ from loraserve.security import (
     server_credentials,
 )
 from loraserve.security.identity import check_base, check_name
+from loraserve.serving import Health, MetricsServer, serve_metrics
 from loraserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc, node_pb2, node_pb2_grpc
 from loraserve.wire import SERVER_OPTIONS, bearer_metadata, bind, dial, split_address
 
@@ -156,7 +152,7 @@ class NodeServer:
         if self._channel is not None:
             self._link = ControllerLink(self._client, node, self._options.advertise or self.address)
             self._linking = asyncio.create_task(self._link.run())
-        await self._tell_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._health.tell(serving=True)
         _log.info("node %s serves on %s", self._options.node_id, self.address)
 
     async def _hold(self, node: Node, name: str, path: Path) -> None:
@@ -176,14 +172,14 @@ class NodeServer:
         node_pb2_grpc.add_NodeServiceServicer_to_server(
             NodeServicer(lambda: self.node), self._server
         )
-        self._health = health.aio.HealthServicer()
-        await self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health = Health(SERVICES)
+        await self._health.tell(serving=False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self.address = bind(self._server, options.listen, self._credentials)
         if options.metrics_listen:
-            self._metrics_server = self.metrics.serve(options.metrics_listen)
+            self._metrics_server = serve_metrics(options.metrics_listen, self.metrics.registry)
             self.metrics_address = self._metrics_server.address
         await self._server.start()
 
@@ -224,15 +220,9 @@ class NodeServer:
         if self._link is not None:
             self._link.wake()
         if self._node is not None and self._node.draining:
-            telling = asyncio.create_task(
-                self._tell_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-            )
+            telling = asyncio.create_task(self._health.tell(serving=False))
             self._tasks.add(telling)
             telling.add_done_callback(self._tasks.discard)
-
-    async def _tell_health(self, status: Any) -> None:
-        for name in ("", *SERVICES):
-            await self._health.set(name, status)
 
     async def stop(self) -> None:
         """Takes no new requests, lets those that run end within the drain timeout, then closes

@@ -16,7 +16,7 @@ from loraserve.node.answer import Answer
 from loraserve.node.convert import check_base_of_node, seconds
 from loraserve.node.engine_api import RequestStream
 from loraserve.node.held import HeldAdapter
-from loraserve.node.limits import check_request
+from loraserve.node.limits import check_request, stalled
 from loraserve.node.node import Node
 from loraserve.node.requests import LiveRequest
 from loraserve.node.sampling import sampling_from_wire
@@ -92,7 +92,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 start_index=request.start_index,
                 loop=asyncio.get_running_loop(),
             )
-            await _write(stream, answer, live, context)
+            await _write(stream, answer, live, context, node.limits.stall_timeout_s)
         except asyncio.CancelledError:
             if live.cut_off:
                 raise live.ended_by or _aborted() from None
@@ -103,15 +103,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             node.requests.remove(live)
 
 
-async def _write(stream: RequestStream, answer: Answer, live: LiveRequest, context: Any) -> None:
+async def _write(
+    stream: RequestStream, answer: Answer, live: LiveRequest, context: Any, stall_s: float
+) -> None:
     live.abort = stream.abort
+    too_slow = stalled(stall_s)
     chunks: Any = stream.chunks()
     with answer:
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 if chunk.finish_reason == "cancelled" and live.ended_by is not None:
                     raise live.ended_by
-                await context.write(answer.response(chunk))
+                response = answer.response(chunk)
+                with live.cut_off_after(stall_s, too_slow):
+                    await context.write(response)
                 live.queued_prefill_tokens = 0
 
 

@@ -30,7 +30,8 @@ _log = logging.getLogger(__name__)
 # A source that gives nothing for so long is given up.
 STALL_S = 30.0
 
-Blob = Path | bytes
+# In memory it is not changed any more; a copy to say so in its type would take its size again.
+Blob = Path | bytes | bytearray
 T = TypeVar("T")
 
 
@@ -125,7 +126,7 @@ class StoreSource:
             blob += block
             if len(blob) > max_bytes:
                 raise _too_large(len(blob), max_bytes)
-        return bytes(blob)
+        return blob
 
 
 class ControllerSource:
@@ -165,7 +166,7 @@ class ControllerSource:
             raise UnavailableError("controller", "ended without a word")
         if len(blob) != size:
             raise UnavailableError("controller", f"ended after {len(blob)} of {size} bytes")
-        return bytes(blob)
+        return blob
 
 
 def _too_large(size: int, max_bytes: int) -> ResourceExhaustedError:

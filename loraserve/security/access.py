@@ -44,7 +44,7 @@ ACCESS: Mapping[str, frozenset[Role]] = {
     "/loraserve.v1.ControllerService/GetClusterStatus": _ADMIN,
     "/grpc.health.v1.Health/Check": frozenset(),
     "/grpc.health.v1.Health/List": _ALL,
-    "/grpc.health.v1.Health/Watch": frozenset(),
+    "/grpc.health.v1.Health/Watch": _ALL,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ALL,
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": _ALL,
 }

@@ -94,6 +94,14 @@ class KeyRing:
         return found
 
 
+def _ends_its_line(path: Path) -> bool:
+    """Whether more can be appended as it is; an editor may have left out the last newline."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"", b"\n")
+
+
 def create_key(path: Path, name: str, tenant: str, role: Role) -> str:
     """Makes a key, appends its hash to the key file (made with mode 0600) and returns the key.
 
@@ -108,7 +116,7 @@ def create_key(path: Path, name: str, tenant: str, role: Role) -> str:
     entry = {"name": name, "tenant": tenant, "role": role.value, "sha256": _digest(key)}
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(("" if _ends_its_line(path) else "\n") + json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
     return key

@@ -45,3 +45,13 @@ def test_the_demo_passes_and_tells_what_it_did(tmp_path: Path) -> None:
         assert "serves on" in log or "serving on" in log
         assert log.splitlines()[-1].endswith("stopped"), log
         assert "Traceback" not in log
+    # The same directory serves again.
+    words = ["--seconds", "1", "--rate", "20", "--burst", "5", "--directory", str(tmp_path)]
+    again = subprocess.run(
+        [sys.executable, "-m", "loraserve.cli", "demo", *words],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert "adapter upper: rank 4" in again.stdout, again.stdout + again.stderr
+    assert "PASSED" in again.stdout, again.stdout

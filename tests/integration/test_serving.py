@@ -140,11 +140,10 @@ def test_a_request_id_in_use_is_refused(cluster: Site) -> None:
 def test_left_streams_give_back_what_they_held(cluster: Site) -> None:
     _, client = cluster
     endless = SamplingParams(max_tokens=240, temperature=0.0, ignore_eos=True)
-    streams = [client.stream(prompt("word"), endless, adapter="sort") for _ in range(16)]
-    for stream in streams:
-        next(stream)
-    for stream in streams:
-        stream.close()
+    before = generated_tokens(cluster)
+    for _ in range(16):
+        with client.stream(prompt("word"), endless, adapter="sort") as stream:
+            next(stream)
     deadline = time.monotonic() + 5
     while True:
         load = client.generate(prompt("word"), GREEDY, adapter="sort")
@@ -153,14 +152,25 @@ def test_left_streams_give_back_what_they_held(cluster: Site) -> None:
             break
         time.sleep(0.1)
     assert running_requests(cluster) == 0
+    # Streams that nobody ended would have gone on to their last token.
+    assert generated_tokens(cluster) - before < 16 * 240 / 2
 
 
 def running_requests(site: Site) -> int:
+    return metric(site, "loraserve_requests_running ", "loraserve_queue_depth ")
+
+
+def generated_tokens(site: Site) -> int:
+    return metric(site, 'loraserve_tokens_total{kind="generated"} ')
+
+
+def metric(site: Site, *names: str) -> int:
+    """The sum over the nodes."""
     total = 0.0
     for node in site[0].nodes.values():
         with urllib.request.urlopen(f"http://{node.metrics}/metrics", timeout=5) as answer:
             for line in answer.read().decode().splitlines():
-                if line.startswith(("loraserve_requests_running ", "loraserve_queue_depth ")):
+                if line.startswith(names):
                     total += float(line.split()[1])
     return int(total)
 

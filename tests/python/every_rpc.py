@@ -11,7 +11,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
 
 FILES = ("inference", "adapter", "node", "controller")
-OPEN = {f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch")}
+OPEN = {"/grpc.health.v1.Health/Check"}
 
 
 def rpcs() -> Iterator[tuple[str, MethodDescriptor]]:

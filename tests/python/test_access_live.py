@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import pytest
 from certificates import certificate
 from controller_fixtures import controller
 from every_rpc import OPEN, RPCS, call
 from fake_node import BASE, FakeEngine, blob, inspect_fake, serving, until
 from google.protobuf.descriptor import Descriptor
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from node_calls import answers, generate, refused, run
 
 from loraserve.security import ACCESS, Role, channel_credentials, create_key
@@ -39,7 +41,7 @@ WHO = {
     "ResolveAdapter": "node",
     "GetClusterStatus": "admin",
     "Check": "",
-    "Watch": "",
+    "Watch": "admin node user",
     "List": "admin node user",
     "ServerReflectionInfo": "admin node user",
 }
@@ -111,6 +113,29 @@ def test_the_controller_opens_to_each_role_what_it_may_call_and_no_more(tmp_path
                 await call(channel, "/x/y", keys["admin"])
             series = site.server.metrics.registry.get_sample_value
             assert series("loraserve_requests_total", {"method": "/x/y"}) is None
+
+    run(test)
+
+
+def test_names_that_no_service_has_leave_nothing_behind(tmp_path: Path) -> None:
+    async def test() -> None:
+        user = keys_in(tmp_path / "keys")["user"]
+        async with serving(FakeEngine(), keys=tmp_path / "keys") as (server, channel):
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            for index in range(3):
+                unknown = health_pb2.HealthCheckRequest(service=str(index) * 200_000)
+                for call in (
+                    health.Check(unknown),
+                    health.Watch(unknown, metadata=user).read(),
+                ):
+                    assert (await refused(call)).code == "NOT_FOUND"
+                with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
+                    await health.Watch(unknown).read()
+            assert not server._health._server_watchers
+            assert len(server._health._server_status) == 3
+            watching = health.Watch(health_pb2.HealthCheckRequest(), metadata=user)
+            assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+            watching.cancel()
 
     run(test)
 

@@ -9,14 +9,17 @@ import pytest
 
 from loraserve.checkpoint.adapter_source import AdapterModule, AdapterSource
 from loraserve.checkpoint.packed_adapter import pack, parse_packed
+from loraserve.controller import admission as admission_module
 from loraserve.controller.admission import (
     MAX_UPLOADS,
+    MAX_UPLOADS_OF_A_TENANT,
     Admission,
     PackedFacts,
     check_base,
     inspect_packed,
 )
 from loraserve.errors import (
+    DeadlineExceededError,
     FailedPreconditionError,
     InvalidCheckpointError,
     LoraServeError,
@@ -43,7 +46,7 @@ async def chunks(data: bytes, size: int = 100) -> AsyncIterator[bytes]:
 
 
 async def admit(admission: Admission, data: bytes) -> tuple[PackedFacts, bytes]:
-    async with admission.receive(len(data), chunks(data)) as (path, facts):
+    async with admission.receive("acme", len(data), chunks(data)) as (path, facts):
         return facts, path.read_bytes()
 
 
@@ -95,18 +98,54 @@ def test_uploads_at_once_are_bounded(tmp_path: Path) -> None:
             await release.wait()
             yield data
 
-        async def upload() -> None:
-            async with admission.receive(len(data), slow()):
+        async def upload(tenant: str) -> None:
+            async with admission.receive(tenant, len(data), slow()):
                 pass
 
-        running = [asyncio.create_task(upload()) for _ in range(MAX_UPLOADS)]
-        await asyncio.sleep(0)
-        with pytest.raises(ResourceExhaustedError, match="uploads") as caught:
-            await admit(admission, data)
-        assert caught.value.retry_after_s
+        running = []
+        for tenant, told in (("acme", "of tenant 'acme' are running"), ("zeta", "8 are running")):
+            for _ in range(MAX_UPLOADS_OF_A_TENANT):
+                running.append(asyncio.create_task(upload(tenant)))
+            await asyncio.sleep(0)
+            with pytest.raises(ResourceExhaustedError, match=f"uploads: .*{told}") as caught:
+                await admit(admission, data)
+            assert caught.value.retry_after_s
+        assert admission.running == MAX_UPLOADS
         release.set()
         await asyncio.gather(*running)
         await admit(admission, data)
+        assert admission.running == 0
+
+    asyncio.run(run())
+
+
+def test_an_upload_that_drips_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "CHUNK_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(admission_module, "MIN_BYTES_PER_S", 1000)
+    admission = Admission(tmp_path)
+
+    async def drip(size: int, pause_s: float) -> AsyncIterator[bytes]:
+        data = packed()
+        for begin in range(0, len(data), size):
+            yield data[begin : begin + size]
+            await asyncio.sleep(pause_s)
+
+    async def upload(size: int, pause_s: float) -> float:
+        now = asyncio.get_running_loop().time
+        begin = now()
+        async with admission.receive("acme", len(packed()), drip(size, pause_s)):
+            pass
+        return now() - begin
+
+    async def run() -> None:
+        assert await upload(200, 0.1) > 0.45  # slow, but over the rate
+        for size, pause_s, told in ((10, 0.1, r"\d0 bytes came"), (10, 5, "10 bytes came")):
+            begin = asyncio.get_running_loop().time()
+            with pytest.raises(DeadlineExceededError, match=f"chunk: .*{told}"):
+                await upload(size, pause_s)
+            assert asyncio.get_running_loop().time() - begin < 2
+        assert list(tmp_path.iterdir()) == []
+        assert admission.running == 0
 
     asyncio.run(run())
 

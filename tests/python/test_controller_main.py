@@ -1,6 +1,7 @@
 """loraserve-controller as a process: starts, says where it is, drains, and fails in one line."""
 
 import asyncio
+import os
 import signal
 import socket
 from pathlib import Path
@@ -50,6 +51,12 @@ def test_a_second_one_takes_nothing_from_the_first(tmp_path: Path) -> None:
     shared = ("--data-dir", tmp_path / "data", "--port-file", port_file)
     first = start(MODULE, "--listen", "127.0.0.1:0", *shared)
     address = address_in(port_file, first)
+    upload = tmp_path / "data" / "staging" / "of-the-first.part"
+    upload.write_bytes(b"x")
+    left = tmp_path / "data" / "adapters" / "aa" / f"{'a' * 64}.lora.bb.part"
+    left.parent.mkdir()
+    left.write_bytes(b"x")
+    os.utime(left, (0, 0))
     for arguments, told in (
         (("--listen", "127.0.0.1:0", *shared), "data-dir: "),
         (("--listen", address, "--data-dir", tmp_path / "2", "--port-file", port_file), "listen: "),
@@ -58,9 +65,18 @@ def test_a_second_one_takes_nothing_from_the_first(tmp_path: Path) -> None:
         assert code == 2
         assert errors.splitlines()[-1].startswith(f"loraserve-controller: {told}")
     assert port_file.read_text().strip() == address
+    assert upload.exists()
+    assert left.exists()
     first.send_signal(signal.SIGTERM)
     assert finish(first)[0] == 0
     assert not port_file.exists()
+    # The next one, alone, cleans up.
+    third = start(MODULE, "--listen", "127.0.0.1:0", *shared)
+    address_in(port_file, third)
+    assert not upload.exists()
+    assert not left.exists()
+    third.send_signal(signal.SIGTERM)
+    assert finish(third)[0] == 0
 
 
 def test_what_keeps_it_from_starting_is_one_line_and_code_2(

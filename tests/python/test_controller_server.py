@@ -2,8 +2,9 @@
 
 import asyncio
 import errno
+import time
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from controller_fixtures import FakeNode, Site, controller
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from loraserve.controller import admission
 from loraserve.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -142,6 +144,46 @@ def test_an_upload_must_begin_with_its_description(tmp_path: Path) -> None:
         assert error.field == "description"
 
     play(tmp_path, script)
+
+
+def test_an_upload_that_never_begins_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "CHUNK_TIMEOUT_S", 0.2)
+
+    async def script(site: Site) -> None:
+        for method in (site.adapters.CreateAdapter, site.adapters.UpdateAdapter):
+            error = await refused(asyncio.wait_for(method(metadata=site.auth("acme")), 5))
+            assert (error.code, error.field) == ("DEADLINE_EXCEEDED", "description")
+
+    play(tmp_path, script)
+
+
+def test_a_reader_that_hangs_up_in_the_middle_of_a_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(site: Site) -> None:
+        ended = []
+
+        def slow(revision: str, offset: int) -> Iterator[bytes]:
+            try:
+                while True:
+                    time.sleep(0.2)
+                    yield b"x"
+            finally:
+                ended.append(revision)
+
+        made = await site.create("sql", BIGGER)
+        site.server._blobs.read = slow  # type: ignore[method-assign, assignment]
+        request = adapter_pb2.ReadAdapterRequest(revision=made.revision)
+        call = site.adapters.ReadAdapter(request, metadata=site.auth("node"))
+        await call.read()
+        call.cancel()
+        while not ended:
+            await asyncio.sleep(0.01)
+
+    play(tmp_path, script)
+    assert "unexpected error" not in caplog.text
 
 
 def test_tenants_do_not_see_each_other(tmp_path: Path) -> None:

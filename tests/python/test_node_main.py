@@ -206,7 +206,7 @@ def test_a_node_that_loads_says_so_and_can_be_stopped(tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
             code, errors = await asyncio.to_thread(finish, process, 10)
             assert code == 0, errors
-            assert "stopped while loading the model" in errors
+            assert "stopped while starting" in errors
 
     try:
         run(test)
@@ -272,6 +272,7 @@ def test_what_keeps_a_node_from_starting_is_one_line_and_code_2(
             (("--model", MODEL_DIRECTORY, *FREE, "--memory-bytes", 1000), "memory"),
             ((*MODEL, *FREE, "--threads", -1), "--threads"),
             ((*MODEL, *FREE, "--drain-timeout-s", "nan"), "--drain-timeout-s"),
+            ((*MODEL, *FREE, "--stall-timeout-s", 0), "--stall-timeout-s"),
         ]
         for arguments, told in cases:
             try:

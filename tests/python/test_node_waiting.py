@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 from fake_node import FakeEngine, FakeStream, serving, spec, until
 from google.protobuf.duration_pb2 import Duration
@@ -16,8 +17,9 @@ from loraserve.errors import InvalidCheckpointError
 from loraserve.node import requests
 from loraserve.node.limits import Limits
 from loraserve.node.server import NodeServer
+from loraserve.security import Role, create_key
 from loraserve.v1 import common_pb2, node_pb2
-from loraserve.wire import SERVER_OPTIONS
+from loraserve.wire import SERVER_OPTIONS, bearer_metadata
 
 SQL = {"name": "sql"}
 
@@ -171,6 +173,64 @@ def test_a_client_that_does_not_read_holds_nothing_for_ever(
             await until(lambda: not engine.live, "the engine is rid of it")
             assert not any(r.active_requests for r in server.node.adapters.residency())
             call.cancel()
+
+    run(test)
+
+
+def test_a_client_that_reads_nothing_is_cut_off(tmp_path: Path) -> None:
+    async def test() -> None:
+        engine, limits = Wordy(), Limits(stall_timeout_s=0.3)
+        async with serving(engine, store_with(tmp_path, "a"), limits) as (server, channel):
+            held = server.node.adapters.begin_load(spec("sql", "a"), placed=True)
+            await held.settled.wait()
+            call = generate(channel, adapter=SQL, sampling={"max_tokens": 100_000})
+            await call.read()
+            await until(lambda: not len(server.node.requests) and not engine.live, "freed")
+            assert waiting_for_sql(server, 0)
+            # Whoever reads after all learns why the answer ends.
+            error = await refused(_rest(call))
+            assert (error.code, error.field) == ("RESOURCE_EXHAUSTED", "stall_timeout_s")
+            assert "read nothing of its answer for 0.3 s" in error.message
+            # Slow but steady is fine.
+            slow = generate(channel, "slow", sampling={"max_tokens": 12})
+            while (message := await slow.read()) is not grpc.aio.EOF:
+                last = message
+                await asyncio.sleep(0.1)
+            assert last.usage.completion_tokens == 12
+
+    run(test)
+
+
+async def _rest(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+def test_one_tenant_cannot_take_every_slot(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    hog, other = (bearer_metadata(create_key(keys, t, t, Role.USER)) for t in ("hog", "other"))
+
+    async def test() -> None:
+        engine = FakeEngine(step_s=0.01)
+        limits = Limits(max_sequences=4, max_queued_requests=4)
+        async with serving(engine, limits=limits, keys=keys) as (server, channel):
+            endless = {"max_tokens": 100_000}
+            calls = [generate(channel, f"r{i}", sampling=endless, metadata=hog) for i in range(7)]
+            await until(lambda: len(server.node.requests) == 7, "all run")
+            error: Any = await refused(answers(channel, "more", metadata=hog))
+            assert (error.code, error.field) == ("RESOURCE_EXHAUSTED", "requests")
+            assert "7 requests of tenant 'hog'" in error.message
+            assert error.retry_after_s > 0
+            assert len(await answers(channel, "r", metadata=other)) == 3
+            # A later attempt takes the place of the one that it replaces.
+            calls.append(generate(channel, "r0", attempt=1, sampling=endless, metadata=hog))
+            assert (await calls[-1].read()).token_ids
+            calls.pop(1).cancel()
+            await until(lambda: len(server.node.requests) == 6, "one is gone")
+            assert len(await answers(channel, "again", metadata=hog)) == 3
+            for call in calls:
+                call.cancel()
+            await until(lambda: not len(server.node.requests), "all are gone")
 
     run(test)
 

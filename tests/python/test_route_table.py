@@ -31,6 +31,7 @@ from loraserve.errors import InvalidArgumentError
 from loraserve.placement.types import AdapterId
 from loraserve.v1.common_pb2 import RESIDENCY_STATE_HOST
 from loraserve.v1.controller_pb2 import WatchRoutesResponse
+from loraserve.wire import MAX_MESSAGE_BYTES
 
 A, B = adapter(holder("a"), name="a"), adapter(holder("b"), name="b")
 
@@ -271,3 +272,27 @@ def test_wire_routes_are_read_whole() -> None:
     (n1,) = update.nodes
     assert (n1.node_id, n1.address, n1.draining, n1.incarnation) == ("n1", "h:1", True, 5)
     assert (n1.base, n1.base_digest) == ("base", "digest")
+
+
+def test_no_table_is_too_long_for_its_messages() -> None:
+    """Names at their limits, long reasons and many copies, at first and when all is gone."""
+    count = 6000
+    keys = [AdapterId("t" * 60, "b" * 40, f"{i:06d}" + "n" * 40) for i in range(count)]
+    holders = tuple(SentHolder(f"node-{k:060d}", 100, Residency.HOST) for k in range(16))
+    why = "loading failed: " + "x" * 5000
+    many = (SentRevision("a" * 64, holders, 64, 1 << 25),)
+    adapters = {k: SentAdapter(k, "a" * 64, () if i % 2 else many, why) for i, k in enumerate(keys)}
+    nodes = {f"n{i}": SentNode(f"n{i}", "h" * 200 + ":1", False, 1, "b", "") for i in range(5000)}
+    book, sent = RouteBook(), None
+    for now in (SentTable(1, 1, adapters, nodes), SentTable(1, 2, {}, {})):
+        changed = keys_of(difference(sent, now)) if sent else None
+        made = list(messages(RouteChanges(now, changed), everything, "", first=sent is None))
+        assert max(m.ByteSize() for m in made) <= 1 << 20 <= MAX_MESSAGE_BYTES // 2
+        assert [m.full for m in made] == [sent is None] + [False] * (len(made) - 1)
+        for message in made:
+            assert book.take(update_from_wire(message))
+        assert set(book.table.adapters) == set(now.adapters)
+        assert len(book.table.nodes) == len(now.nodes)
+        sent = now
+        for route in book.table.adapters.values():
+            assert len(route.unrouted_reason) == 300

@@ -265,3 +265,13 @@ def test_tls_files_that_only_look_right_are_named(tmp_path: Path) -> None:
                 make(files)
             assert caught.value.field == field
             assert str(tmp_path) in caught.value.message
+
+
+def test_a_key_file_without_its_last_newline_can_be_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    create_key(path, "one", "acme", Role.USER)
+    path.write_text(path.read_text().rstrip("\n"))
+    create_key(path, "two", "acme", Role.USER)
+    create_key(path, "three", "acme", Role.USER)
+    assert KeyRing.load(path).names == {"one", "two", "three"}
+    assert "\n\n" not in path.read_text()

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,18 @@ def test_a_store_that_fails_or_hangs_is_unavailable(
     # The loop has been closed, as at the end of a process: nothing waited for the thread.
     assert time.monotonic() - begin < 4
     returned.set()
+
+
+def test_what_killed_writers_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    store = DurableStore(str(tmp_path / "store"))
+    blob_path = put(store, A, blob("a"))
+    old, new = (blob_path.with_name(f"{blob_path.name}.{word}.part") for word in ("aa", "bb"))
+    for path in (old, new, blob_path):
+        path.write_bytes(blob("a"))
+    for path in (old, blob_path):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    store.remove_staged()
+    assert sorted(blob_path.parent.iterdir()) == [blob_path, new]
 
 
 # What must agree before it is used
@@ -260,6 +274,24 @@ def from_controller(*parts: tuple[bytes, int] | Exception, stall_s: float = 0.0)
 def test_the_controller_sends_a_blob_in_parts() -> None:
     assert from_controller((b"a" * 60, 100), (b"a" * 40, 0)) == blob("a")
     assert from_controller((b"", 0)) == b""
+
+
+def test_a_blob_from_the_controller_is_held_once() -> None:
+    size, part = 32 << 20, 1 << 20
+    parts: list[tuple[bytes, int] | Exception] = [(bytes(part), size)] * (size // part)
+
+    async def run() -> int:
+        async with controller(Scripted(parts, 0.0)) as source:
+            tracemalloc.start()
+            try:
+                blob = await source.fetch(A, size)
+                assert isinstance(blob, bytes | bytearray)
+                assert len(blob) == size
+                return tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+
+    assert asyncio.run(run()) < 1.6 * size
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.v1 import inference_pb2, inference_pb2_grpc
-from loraserve.wire import SERVER_OPTIONS, bind, channel_options, dial, is_loopback, split_address
+from loraserve.wire import (
+    MAX_STREAMS,
+    SERVER_OPTIONS,
+    bind,
+    channel_options,
+    dial,
+    is_loopback,
+    split_address,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +44,39 @@ def test_addresses_are_split(address: str, parts: tuple[str, int]) -> None:
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(InvalidArgumentError, match="host:port"):
         split_address(address)
+
+
+def test_the_calls_of_one_connection_are_bounded() -> None:
+    async def run() -> None:
+        begun = 0
+        may_end = asyncio.Event()
+        may_end.set()
+
+        async def wait(_: Any, context: Any) -> bytes:
+            nonlocal begun
+            begun += 1
+            await may_end.wait()
+            return b""
+
+        handlers = {"Wait": grpc.unary_unary_rpc_method_handler(wait)}
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("x", handlers)])
+        address = bind(server, "127.0.0.1:0", None)
+        await server.start()
+        async with dial(address) as channel:
+            await channel.unary_unary("/x/Wait")(b"")  # now the client has heard of the bound
+            may_end.clear()
+            calls = [channel.unary_unary("/x/Wait")(b"") for _ in range(MAX_STREAMS + 50)]
+            while begun <= MAX_STREAMS:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            assert begun == 1 + MAX_STREAMS <= 2000
+            may_end.set()
+            await asyncio.gather(*calls)
+            assert begun == 1 + MAX_STREAMS + 50
+        await server.stop(None)
+
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 def test_loopback() -> None:
