@@ -274,7 +274,8 @@ async def watchers(adapters: list[AdapterSpec], count: int) -> dict[str, Any]:
     """From an event of the core to the last of the watchers, over the wire in this process. The
     watchers are of the role that sees all tenants; most of the time is theirs."""
     with tempfile.TemporaryDirectory() as directory:
-        options = ControllerOptions("127.0.0.1:0", Path(directory))
+        still = Settings(tick_seconds=3600.0)  # nothing but what is timed changes
+        options = ControllerOptions("127.0.0.1:0", Path(directory), settings=still)
         server = ControllerServer(options)
         await server.start()
         state = server.runtime.state
