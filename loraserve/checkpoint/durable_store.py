@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import secrets
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from loraserve.errors import InvalidArgumentError, NotFoundError
 
 SUFFIX = ".lora"
 READ_BYTES = 1 << 20
+# Whoever writes a blob has ended, in one way or another, after so long.
+STAGED_S = 24 * 3600.0
 
 
 class DurableStore:
@@ -77,11 +80,15 @@ class DurableStore:
                 os.unlink(staged)
             raise
 
-    def remove_staged(self) -> None:
-        """Removes what writers that were killed left; for the only writer, before it writes."""
-        if self._local:
-            for left in Path(self._root).glob(f"*/*{SUFFIX}.*.part"):
-                left.unlink(missing_ok=True)
+    def remove_staged(self, older_than_s: float = STAGED_S) -> None:
+        """Removes what writers that were killed left. Raises OSError."""
+        if not self._local:
+            return
+        latest = time.time() - older_than_s
+        for left in Path(self._root).glob(f"*/*{SUFFIX}.*.part"):
+            with contextlib.suppress(FileNotFoundError):
+                if left.stat().st_mtime < latest:
+                    left.unlink()
 
     def size_bytes(self, revision: str) -> int:
         """Raises NotFoundError."""

@@ -104,7 +104,7 @@ class ControllerServer:
     def _clean(self, options: ControllerOptions) -> Admission:
         """Admission, and away with what a controller that was killed left half written."""
         try:
-            self._blobs.remove_staged()  # no other controller writes: the state store is ours
+            self._blobs.remove_staged()
             return Admission(options.data_dir / "staging", options.inspector)
         except OSError as error:
             raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None

@@ -125,7 +125,7 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused_alone(tmp_path: Path)
 def test_a_request_expires_while_it_waits_for_the_engine() -> None:
     async def test() -> None:
         async with serving_demo(max_sequences=1) as (server, channel):
-            running = [generate(channel, f"r{i}", sampling=LONG) for i in range(4)]
+            running = [generate(channel, f"r{i}", sampling=LONG) for i in range(40)]
             await running[0].read()
             begin = time.monotonic()
             short = {"timeout": Duration(nanos=30_000_000)}
