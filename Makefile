@@ -32,6 +32,7 @@ $(VENV)/.test: $(VENV)/.runtime
 
 # Rebuilds what changed in csrc/ and proto/; quick when nothing did.
 setup: $(VENV)/.runtime ## make .venv and build the engine into it
+	@echo "building the engine (some minutes the first time)"
 	$(BIN) $(PIP) --no-build-isolation --no-deps -C cmake.define.LORASERVE_BUILD_TESTS=ON -e .
 	$(PY) tools/generate_protos.py . >/dev/null
 

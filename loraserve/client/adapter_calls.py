@@ -9,8 +9,15 @@ from typing import Any
 from loraserve.checkpoint.packed_adapter import PackedAdapter, load_adapter_source
 from loraserve.client.channels import Channels, unary
 from loraserve.client.messages import adapter_from_wire
+from loraserve.client.retry import TRANSPORT_FIELD
 from loraserve.client.types import AdapterInfo
-from loraserve.errors import FailedPreconditionError, InvalidArgumentError
+from loraserve.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LoraServeError,
+    NotFoundError,
+    UnavailableError,
+)
 from loraserve.v1 import adapter_pb2, adapter_pb2_grpc, common_pb2
 from loraserve.wire import CHUNK_BYTES, UPLOAD_ACCEPTED
 
@@ -45,7 +52,7 @@ class AdapterCalls:
         call = getattr(self._stub(), method)(
             request, timeout=CALL_TIMEOUT_S, metadata=self._channels.metadata
         )
-        return await unary(self._channels, call)
+        return await self._answer(call)
 
     async def add(
         self, name: str, source: AdapterFiles, *, base: str = "", allow_base_mismatch: bool = False
@@ -113,9 +120,24 @@ class AdapterCalls:
             return await call
 
         try:
-            return adapter_from_wire((await unary(self._channels, call, send())).adapter)
+            return adapter_from_wire((await self._answer(call, send())).adapter)
+        except LoraServeError as error:
+            # A call that was refused before its first message was out: grpc has lost the reason,
+            # and a call with one message has it.
+            if error.field == TRANSPORT_FIELD and error.code == "INTERNAL":
+                with contextlib.suppress(NotFoundError):
+                    await self.get(first.description.name, base=first.description.base)
+            raise
         finally:
             call.cancel()
+
+    async def _answer(self, call: Any, work: Any = None) -> Any:
+        try:
+            return await unary(self._channels, call, work)
+        except UnavailableError as error:
+            if error.field != TRANSPORT_FIELD:
+                raise
+            raise UnavailableError("controller", f"{self._controller}: {error.message}") from None
 
     async def get(self, name: str, *, base: str = "") -> AdapterInfo:
         request = adapter_pb2.GetAdapterRequest(adapter=_ref(name, base))

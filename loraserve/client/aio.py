@@ -86,7 +86,9 @@ class AsyncClient:
         """`controller`: host:port. Without one, `nodes` are the host:port of nodes that serve
         alone. Connects when first used. Raises InvalidArgumentError."""
         if (controller is None) == (not nodes):
-            raise InvalidArgumentError("controller", "a controller or nodes are needed, not both")
+            raise InvalidArgumentError(
+                "controller", "exactly one of controller and nodes is needed"
+            )
         policy = retry or RetryPolicy()
         self._channels = Channels(api_key, tls)
         self._controller = controller

@@ -29,7 +29,9 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="admit it though it names another base; shapes must fit all the same",
     )
-    add.add_argument("--wait", type=float, metavar="SECONDS", help="until a node serves it")
+    add.add_argument(
+        "--wait", type=float, metavar="SECONDS", help="for the cluster, and until it serves"
+    )
     add_connection(add)
     add.set_defaults(run=_add)
 
@@ -88,11 +90,13 @@ def _print_one(info: AdapterInfo) -> None:
 def _add(arguments: argparse.Namespace) -> int:
     options = {"base": arguments.base, "allow_base_mismatch": arguments.allow_base_mismatch}
     with connect(arguments) as client:
+        if arguments.wait is not None:  # also for the cluster itself
+            client.wait_routable((), timeout_s=arguments.wait)
         try:
             info = client.adapters.add(arguments.name, arguments.path, **options)
-        except AlreadyExistsError:
+        except AlreadyExistsError as error:
             if not arguments.replace:
-                raise
+                raise AlreadyExistsError("name", f"{error.message} (--replace)") from None
             info = client.adapters.update(arguments.name, arguments.path, **options)
         if arguments.wait is not None:
             client.wait_routable([info.name], base=info.base, timeout_s=arguments.wait)

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
         help="a small cluster on this machine answers with ten adapters",
         description="Starts a controller and nodes on free loopback ports, loads ten adapters of "
         "ranks 4 to 128, replays random requests, checks every answer and stops everything. Exit "
-        "code 0 only if at least 95 %% of the answers are right and none was lost.",
+        "code 0 only if at least 95 % of the answers are right and none was lost.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--seconds", type=float, default=defaults.seconds, help="of requests")

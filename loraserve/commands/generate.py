@@ -32,7 +32,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    # The end of the last line is the shell's, not the prompt's.
+    prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt == "-" else arguments.prompt
     params = SamplingParams(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,

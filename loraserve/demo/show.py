@@ -20,7 +20,7 @@ from loraserve.demo.replay import Progress, replay
 from loraserve.demo.skills import SKILLS
 from loraserve.demo.tally import Tally, tally
 from loraserve.demo.workload import arrivals
-from loraserve.errors import AlreadyExistsError
+from loraserve.errors import AlreadyExistsError, InvalidArgumentError
 
 _FRAME_S = 0.5
 # Between progress lines, where there is no terminal to redraw.
@@ -56,7 +56,10 @@ async def _running(options: DemoOptions, console: Console) -> AsyncIterator[Asyn
         directory = options.directory or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="loraserve-demo-"))
         )
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgumentError("directory", f"{directory}: {error.strerror}") from None
         console.print(f"starting a controller and {options.nodes} nodes; logs in {directory}")
         threads = str(threads_per_node(options.nodes))
         cluster = Cluster(directory, options.nodes, node_options=["--threads", threads])

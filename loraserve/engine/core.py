@@ -255,6 +255,8 @@ class Engine:
         adapters: Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """The answers, in order of the prompts. Raises the error of the first that fails."""
+        if isinstance(prompts, str):
+            raise InvalidArgumentError("prompts", "is one prompt; a sequence of them is needed")
         count = len(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * count

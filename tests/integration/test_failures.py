@@ -50,13 +50,12 @@ async def collect(client: AsyncClient, index: int, begun: list[int]) -> Completi
 
 
 async def all_long(address: str, victim: Daemon | None) -> list[Completion]:
-    """All answers; `victim` is killed when every stream has begun."""
+    """All answers; `victim` is killed when half of the streams have begun."""
     async with AsyncClient(address) as client:
         begun: list[int] = []
         tasks = [asyncio.create_task(collect(client, i, begun)) for i in range(STREAMS)]
         if victim is not None:
-            while len(begun) < STREAMS:
-                assert not any(task.done() for task in tasks), "ended before the kill"
+            while len(begun) < STREAMS // 2:
                 await asyncio.sleep(0.001)
             victim.process.kill()
         return await asyncio.gather(*tasks)

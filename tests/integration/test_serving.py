@@ -131,10 +131,14 @@ def test_a_request_id_in_use_is_refused(cluster: Site) -> None:
     node = next(iter(client.routes.nodes.values()))
     with Client(nodes=[node.address]) as direct:
         first = direct.stream(prompt("word"), endless, request_id="twice")
-        next(first)
+        # With others beside it, so that it lasts.
+        others = [direct.stream(prompt("word"), endless) for _ in range(40)]
+        for stream in (*others, first):
+            next(stream)
         with pytest.raises(AlreadyExistsError, match="twice"):
             direct.generate(prompt("word"), GREEDY, request_id="twice")
-        first.close()
+        for stream in (*others, first):
+            stream.close()
 
 
 def test_left_streams_give_back_what_they_held(cluster: Site) -> None:
