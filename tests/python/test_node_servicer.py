@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 from node_calls import answers, refused, request, run
 
 from loraserve.node.limits import Limits
-from loraserve.v1 import inference_pb2, inference_pb2_grpc
+from loraserve.v1 import inference_pb2_grpc
 from loraserve.v1.inference_pb2 import FINISH_REASON_LENGTH, TokenIds
 from loraserve.wire_errors import DETAILS_KEY, from_rpc_error
 
