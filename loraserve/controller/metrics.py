@@ -3,7 +3,11 @@
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -67,15 +71,25 @@ class _ClusterCollector(Collector):
         resident = GaugeMetricFamily(
             "loraserve_adapter_resident", "Copies of adapters.", labels=["node", "state"]
         )
+        ttft = SummaryMetricFamily(
+            "loraserve_ttft_seconds",
+            "From requests' arrivals to their first tokens, by node; its own /metrics has buckets.",
+            labels=["node"],
+        )
+        tbt = SummaryMetricFamily(
+            "loraserve_tbt_seconds", "Between two tokens of a request, by node.", labels=["node"]
+        )
         for node_id, node in sorted(nodes.items()):
             load = self._loads.get(node_id, common_pb2.NodeLoad())
+            ttft.add_metric([node_id], load.ttft_count, load.ttft_seconds_sum)
+            tbt.add_metric([node_id], load.tbt_count, load.tbt_seconds_sum)
             queue.add_metric([node_id], load.queued_requests)
             for use in ("kv", "adapter", "free"):
                 pages.add_metric([node_id, use], getattr(load, f"{use}_pages"))
             states = [copy.state for copy in list(node.copies.values())]
             for word in Residency:
                 resident.add_metric([node_id, word.name.lower()], states.count(word))
-        yield from (queue, pages, resident)
+        yield from (ttft, tbt, queue, pages, resident)
 
 
 def _by_label(state: ControllerState) -> Iterator[Metric]:

@@ -102,9 +102,9 @@ class Answer:
         now = time.monotonic()
         metrics = self._node.metrics
         if self._last_s:
-            metrics.tbt.observe(now - self._last_s)
+            metrics.token_after(now - self._last_s)
         else:
-            metrics.ttft.observe(now - self._arrival_s)
+            metrics.first_token_after(now - self._arrival_s)
         self._last_s = now
         self._tokens += tokens
         metrics.generated_tokens.inc(tokens)

@@ -45,12 +45,27 @@ class NodeMetrics:
             buckets=_TBT_BUCKETS,
             registry=self.registry,
         )
+        # The same for the controller, which adds nodes up.
+        self.ttft_count = self.tbt_count = 0
+        self.ttft_seconds_sum = self.tbt_seconds_sum = 0.0
         self.adapter_load = Histogram(
             "loraserve_adapter_load_seconds",
             "Fetching, checking and installing an adapter.",
             buckets=_LOAD_BUCKETS,
             registry=self.registry,
         )
+
+    def first_token_after(self, seconds: float) -> None:
+        """Of a request that arrived so long ago."""
+        self.ttft.observe(seconds)
+        self.ttft_count += 1
+        self.ttft_seconds_sum += seconds
+
+    def token_after(self, seconds: float) -> None:
+        """A further token, so long after the one before."""
+        self.tbt.observe(seconds)
+        self.tbt_count += 1
+        self.tbt_seconds_sum += seconds
 
     def observe(self, engine: ServedEngine, requests: LiveRequests, adapters: HeldAdapters) -> None:
         """Adds the gauges of a node that is ready."""

@@ -102,6 +102,10 @@ class Node:
             total_pages=stats.pages_free + stats.pages_kv + stats.pages_adapter,
             kv_pages=stats.pages_kv,
             adapter_pages=stats.pages_adapter,
+            ttft_count=self.metrics.ttft_count,
+            ttft_seconds_sum=self.metrics.ttft_seconds_sum,
+            tbt_count=self.metrics.tbt_count,
+            tbt_seconds_sum=self.metrics.tbt_seconds_sum,
         )
         load.observed_time.GetCurrentTime()
         return load

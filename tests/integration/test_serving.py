@@ -179,6 +179,27 @@ def metric(site: Site, *names: str) -> int:
     return int(total)
 
 
+def test_the_controller_adds_up_what_nodes_measure(cluster: Site) -> None:
+    site, client = cluster
+    client.generate(prompt("count"), GREEDY, adapter="upper")
+    assert site.controller is not None
+    deadline = time.monotonic() + 10
+    seen: dict[str, float] = {}
+    while not (seen.get("ttft", 0) > 0 and seen.get("tbt", 0) > 0):
+        assert time.monotonic() < deadline
+        url = f"http://{site.controller.metrics}/metrics"
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        for word in ("ttft", "tbt"):
+            sums = [v for v in lines if v.startswith(f"loraserve_{word}_seconds_sum{{node=")]
+            assert len(sums) == 2
+            seen[word] = sum(float(line.split()[1]) for line in sums)
+        time.sleep(0.1)
+    series = {line.split("{")[0].split()[0] for line in lines if not line.startswith("#")}
+    assert {"loraserve_requests_total", "loraserve_queue_depth", "loraserve_pages"} <= series
+    assert "loraserve_adapter_resident" in series
+
+
 # Adapters, by the command line
 
 
