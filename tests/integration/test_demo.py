@@ -31,7 +31,7 @@ def test_the_demo_passes_and_tells_what_it_did(tmp_path: Path) -> None:
     assert all(0 < row["ttft_p50_s"] <= row["ttft_p95_s"] for row in rows)
     assert result["tokens_per_s"] > 0
     held = [name.split()[0] for names in result["nodes"].values() for name in names]
-    assert sorted(held) == sorted(skill.name for skill in SKILLS)
+    assert set(held) == {skill.name for skill in SKILLS}  # some twice, where a burst made replicas
     assert len(result["nodes"]) == 2
     # The same for people.
     text = done.stdout
