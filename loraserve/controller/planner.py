@@ -69,7 +69,6 @@ class Planner:
         self.wanted: dict[str, WantedNodes] = {}
         self.utilisation: dict[str, float] = {}
         self.placements = 0
-        self.failed_placements = 0
         self._ranks: dict[str, int] = {}
         self._moved: dict[AdapterId, int] = {}
         self._demand = DemandTracker()
@@ -110,10 +109,6 @@ class Planner:
 
     def due(self, tick: int) -> bool:
         return self._not_before is not None and max(self._not_before, self._placed_tick + 1) <= tick
-
-    @property
-    def requested(self) -> bool:
-        return self._not_before is not None
 
     def tick(self, tick: int) -> None:
         """Time passes: an interval ends, or a burst has begun."""
@@ -209,7 +204,6 @@ class Planner:
             p = columns_of_cluster(rows, cluster.nodes, demand, current, limits)
             plan = self._plan(p, cluster, rows, demand, current)
         except LoraServeError as error:
-            self.failed_placements += 1
             return Placing(trouble=f"placement failed, all stays where it is: {error}")
         self._planned = demand
         reasons = {rows.adapters[row]: why for row, why in plan.reasons.items()}
