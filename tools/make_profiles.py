@@ -279,6 +279,7 @@ def derived(
         max_sequences=128 if model is LLAMA_2_7B else 256,
         bytes_per_rank=model.rank_bytes,
         kv_tokens=math.floor(free / model.kv_bytes / 1000) * 1000,
+        kv_token_bytes=model.kv_bytes,
         padded=padded,
         source=SOURCE.format(
             table=table,

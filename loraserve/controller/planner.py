@@ -201,7 +201,8 @@ class Planner:
             cluster.forbidden, self._settings.replicas, cluster.byte_budget, self._load
         )
         try:
-            p = columns_of_cluster(rows, cluster.nodes, demand, current, limits)
+            idle = self._demand.idle()
+            p = columns_of_cluster(rows, cluster.nodes, demand, current, limits, idle)
             plan = self._plan(p, cluster, rows, demand, current)
         except LoraServeError as error:
             return Placing(trouble=f"placement failed, all stays where it is: {error}")

@@ -30,8 +30,10 @@ def columns_of_cluster(
     demand: Mapping[AdapterId, Demand],
     current: Mapping[AdapterId, Target],
     limits: ProblemLimits,
+    idle: Mapping[int, Demand] | None = None,
 ) -> Columns:
-    """In the order of `rows` and `nodes`. Raises InvalidArgumentError as check_columns."""
+    """In the order of `rows` and `nodes`. `idle`: by rank, the demand of each adapter that `demand`
+    does not name. Raises InvalidArgumentError as check_columns."""
     row = rows.row
     place = {node.node_id: i for i, node in enumerate(nodes)}
     bases = [*rows.bases, *sorted({n.base for n in nodes} - set(rows.bases))]
@@ -40,6 +42,9 @@ def columns_of_cluster(
     for adapter, rate in demand.items():
         if adapter in row:
             rates[:, row[adapter]] = rate.prefill, rate.decode
+    silent = rates.sum(axis=0) == 0
+    for rank, rate in (idle or {}).items():
+        rates[:, silent & (rows.rank == rank)] = [[rate.prefill], [rate.decode]]
     held = [
         (row[adapter], place[node], share)
         for adapter, wanted in current.items()

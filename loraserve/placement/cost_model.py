@@ -83,6 +83,9 @@ class Profile:
     """Of an adapter on all seven modules: its size is this times its rank."""
     kv_tokens: int = 0
     """Tokens that the KV cache holds beside no adapters; 0: not limited."""
+    kv_token_bytes: int = 0
+    """Of a token in the KV cache: the adapters of running requests share its memory. 0: they take
+    nothing from it."""
     padded: bool = False
     """Whether the engine pads a batch's adapters to one rank."""
     source: str = ""

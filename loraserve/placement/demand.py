@@ -12,14 +12,26 @@ from dataclasses import dataclass
 
 from loraserve.placement.types import AdapterId, Demand
 
-# Of the newest window; the rest of the weight is that of the rate before.
+# Of the newest window, for an adapter with many requests in it and for sums over ranks; the rest of
+# the weight is that of the rate before.
 NEWEST_WEIGHT = 0.8
+# An adapter with so many requests in a window gives the newest one half of that weight: what few
+# requests say is mostly chance. None gives it less than LEAST_WEIGHT.
+HALF_TRUSTED = 10.0
+LEAST_WEIGHT = 0.1
+# So many standard deviations of a Poisson count from the forecast are no chance: full weight.
+SURPRISE = 6.0
 # Rates below this, tokens/s, count as none: less than one token in a minute and a half.
 FLOOR = 0.01
 # An adapter with at least this part of all tokens is hot, and gets headroom.
 HOT_PART = 0.01
 # Windows during which an adapter that was never used is given the mean of its rank.
 PRIOR_WINDOWS = 2
+# An adapter with fewer requests in a window than this, and none in the newest, is idle again.
+LEAST_REQUESTS = 0.05
+# Below this part of a rank's tokens, what its idle adapters will get is not worth a thought; above
+# the other, the estimate is not believed.
+LEAST_UNSEEN, MOST_UNSEEN = 0.02, 0.9
 # What one sample may say at most, tokens: more is rubbish.
 MOST_TOKENS = 1e15
 
@@ -30,17 +42,48 @@ class _Rate:
     decode: float = 0.0
     deviation: float = 0.0
     """Mean absolute error of the forecast of their sum."""
+    requests: float = 0.0
+    """In a window: samples with prefill, so at most one for each node and heartbeat."""
+
+    def update(self, prefill: float, decode: float, requests: int, scale: float) -> None:
+        """By a window's tokens/s; `scale` made the forecast of the rate."""
+        tokens, before = prefill + decode, self.prefill + self.decode
+        self.deviation = _smooth(self.deviation, abs(tokens - scale * before))
+        weight = self._weight(tokens, before)
+        self.prefill = _smooth(self.prefill, prefill, weight)
+        self.decode = _smooth(self.decode, decode, weight)
+        self.requests = _smooth(self.requests, requests, weight)
+
+    def _weight(self, tokens: float, before: float) -> float:
+        """Of a window with so many tokens/s."""
+        if not before or not self.requests:
+            return NEWEST_WEIGHT
+        # Tokens of n requests, each of `before / requests`, are off by sqrt(n) of these.
+        one = before / self.requests
+        if abs(tokens - before) > SURPRISE * one * max(1.0, self.requests) ** 0.5:
+            return NEWEST_WEIGHT
+        trusted = NEWEST_WEIGHT * self.requests / (self.requests + HALF_TRUSTED)
+        return max(LEAST_WEIGHT, trusted)
 
 
 class DemandTracker:
     """Counts within a window; `demand` changes when a window is closed. `ignored` counts samples
-    and times that could not be true."""
+    and times that could not be true.
+
+    Adapters with few requests are smoothed long, the sum of each rank's adapters briefly, and the
+    adapters' rates are scaled to their rank's: what follows a shift between ranks within a window
+    does not follow the chance of single adapters. Idle adapters share what a rank's tokens will go
+    to adapters that are idle now: the tokens of those seen for the first time, and once, in the
+    newest window (Good, The population frequencies of species, Biometrika 40, 1953)."""
 
     def __init__(self) -> None:
         self.ignored = 0
         self._rates: dict[AdapterId, _Rate] = {}
         self._prefill: dict[AdapterId, float] = {}
         self._decode: dict[AdapterId, float] = {}
+        self._requests: dict[AdapterId, int] = {}
+        self._rank_rates: dict[int, Demand] = {}
+        self._unseen: dict[int, float] = {}
         self._ranks: dict[AdapterId, int] = {}
         self._of_rank: dict[int, int] = {}
         self._new: dict[AdapterId, int] = {}
@@ -60,7 +103,7 @@ class DemandTracker:
         if adapter in self._ranks:
             self._leave_rank(adapter)
             del self._ranks[adapter]
-        for held in (self._rates, self._prefill, self._decode, self._new):
+        for held in (self._rates, self._prefill, self._decode, self._requests, self._new):
             held.pop(adapter, None)
 
     def _leave_rank(self, adapter: AdapterId) -> None:
@@ -77,6 +120,7 @@ class DemandTracker:
         if prefill_tokens or decode_tokens:
             self._prefill[adapter] = self._prefill.get(adapter, 0.0) + prefill_tokens
             self._decode[adapter] = self._decode.get(adapter, 0.0) + decode_tokens
+            self._requests[adapter] = self._requests.get(adapter, 0) + (prefill_tokens > 0)
 
     def close_window(self, now_s: float) -> bool:
         """Folds the counts since the last call into the rates. Whether it did: the first call only
@@ -89,40 +133,111 @@ class DemandTracker:
         if last is None:
             return False
         seconds = now_s - last
+        scales = self._scales()
+        first_seen = [a for a in self._prefill if a not in self._rates]
         for adapter in self._prefill:
             self._new.pop(adapter, None)
             self._rates.setdefault(adapter, _Rate())
         gone = []
+        of_rank: dict[int, list[float]] = {}
         for adapter, rate in self._rates.items():
             prefill = self._prefill.get(adapter, 0.0) / seconds
             decode = self._decode.get(adapter, 0.0) / seconds
-            error = abs(prefill + decode - rate.prefill - rate.decode)
-            rate.deviation = _smooth(rate.deviation, error)
-            rate.prefill = _smooth(rate.prefill, prefill)
-            rate.decode = _smooth(rate.decode, decode)
-            if rate.prefill + rate.decode < FLOOR:
+            requests = self._requests.get(adapter, 0)
+            rank = self._ranks.get(adapter, 0)
+            rate.update(prefill, decode, requests, scales.get(rank, 1.0))
+            if rate.prefill + rate.decode < FLOOR or (
+                rate.requests < LEAST_REQUESTS and adapter not in self._prefill
+            ):
                 gone.append(adapter)
+            sums = of_rank.setdefault(rank, [0.0, 0.0])
+            sums[0] += prefill
+            sums[1] += decode
+        self._note_unseen(first_seen, of_rank, seconds)
         for adapter in gone:
             del self._rates[adapter]
+        none = Demand()
+        self._rank_rates = {
+            rank: Demand(_smooth(old.prefill, prefill), _smooth(old.decode, decode))
+            for rank, (prefill, decode) in of_rank.items()
+            for old in [self._rank_rates.get(rank, none)]
+        }
         self._new = {a: left - 1 for a, left in self._new.items() if left > 1}
-        self._prefill, self._decode = {}, {}
+        self._prefill, self._decode, self._requests = {}, {}, {}
         return True
+
+    def _note_unseen(
+        self, first_seen: list[AdapterId], of_rank: Mapping[int, list[float]], seconds: float
+    ) -> None:
+        once: dict[int, float] = {}
+        for adapter in first_seen:
+            if self._requests.get(adapter, 0) == 1:
+                tokens = self._prefill[adapter] + self._decode[adapter]
+                rank = self._ranks.get(adapter, 0)
+                once[rank] = once.get(rank, 0.0) + tokens / seconds
+        for rank, sums in of_rank.items():
+            part = once.get(rank, 0.0) / max(sum(sums), FLOOR)
+            self._unseen[rank] = _smooth(self._unseen.get(rank, part), part)
+
+    def _idle_parts(self) -> dict[int, tuple[float, int]]:
+        """By rank: the part of its tokens that its idle adapters share, and their number."""
+        idle = dict(self._of_rank)
+        for adapter in (*self._rates, *self._new):
+            rank = self._ranks.get(adapter)
+            if rank is not None:
+                idle[rank] -= 1
+        return {
+            rank: (min(part, MOST_UNSEEN), idle[rank])
+            for rank, part in self._unseen.items()
+            if part >= LEAST_UNSEEN and idle.get(rank, 0) > 0
+        }
+
+    def _scales(self) -> dict[int, float]:
+        """By rank: what its adapters' rates are multiplied with so that they sum to the rank's,
+        less what idle adapters are expected to get."""
+        sums: dict[int, float] = {}
+        for adapter, rate in self._rates.items():
+            rank = self._ranks.get(adapter, 0)
+            sums[rank] = sums.get(rank, 0.0) + rate.prefill + rate.decode
+        unseen = self._idle_parts()
+        scales = {}
+        for rank, total in sums.items():
+            known = self._rank_rates.get(rank, Demand())
+            part, _ = unseen.get(rank, (0.0, 0))
+            if total > 0:
+                scales[rank] = (1 - part) * (known.prefill + known.decode) / total
+        return scales
+
+    def idle(self) -> dict[int, Demand]:
+        """By rank: what each of its adapters that `demand` does not name is expected to get; ranks
+        without are left out."""
+        found = {}
+        for rank, (part, count) in self._idle_parts().items():
+            known = self._rank_rates.get(rank, Demand())
+            found[rank] = Demand(known.prefill * part / count, known.decode * part / count)
+        return found
 
     @property
     def rates(self) -> Mapping[AdapterId, Demand]:
         """Smoothed tokens per second, without headroom, of adapters over the floor."""
-        return {a: Demand(r.prefill, r.decode) for a, r in self._rates.items()}
+        scales = self._scales()
+        made = {}
+        for adapter, rate in self._rates.items():
+            scale = scales.get(self._ranks.get(adapter, 0), 1.0)
+            made[adapter] = Demand(rate.prefill * scale, rate.decode * scale)
+        return made
 
     def demand(self) -> dict[AdapterId, Demand]:
         """What to place for: rates, headroom for the hot, the prior for the new."""
-        total = sum(r.prefill + r.decode for r in self._rates.values())
+        rates = self.rates
+        total = sum(r.prefill + r.decode for r in rates.values())
         made = {}
         sums: dict[int, list[float]] = {}
-        for adapter, rate in self._rates.items():
+        for adapter, rate in rates.items():
             tokens = rate.prefill + rate.decode
             grown = 1.0
             if tokens >= HOT_PART * total:
-                grown += rate.deviation / tokens
+                grown += self._rates[adapter].deviation / tokens
             made[adapter] = Demand(rate.prefill * grown, rate.decode * grown)
             of_rank = sums.setdefault(self._ranks.get(adapter, 0), [0.0, 0.0])
             of_rank[0] += rate.prefill
@@ -164,5 +279,5 @@ def bursts(
     return sorted(found)
 
 
-def _smooth(old: float, newest: float) -> float:
-    return NEWEST_WEIGHT * newest + (1 - NEWEST_WEIGHT) * old
+def _smooth(old: float, newest: float, weight: float = NEWEST_WEIGHT) -> float:
+    return weight * newest + (1 - weight) * old

@@ -12,7 +12,9 @@ A (1 - exp(-B / A)) (Poisson arrivals). q grows with t, and so does everything t
 
     sequences   q output t                       <= max_sequences        (Little's law)
     tokens      q (prompt + output) t            <= max_batch_tokens
-    KV cache    q output t (prompt + output / 2) <= kv_tokens
+    KV cache    q output t (prompt + output / 2) + distinct (bytes / kv_token_bytes) <= kv_tokens,
+                where of A equally wanted adapters distinct = A (1 - exp(-q R / A)) run, R = output t
+                (Poisson: whoever has a request in flight keeps its adapter installed)
     TBT p95     a step with decodes and the prefill of n95 requests, n95 = m + 1.645 sqrt(m) the
                 normal approximation of a Poisson 95th percentile with mean m = q t, within the
                 batch's token budget
@@ -66,6 +68,7 @@ def check_profile(profile: Profile, slo: Slo, mix: LengthMix) -> None:
     at_least = [(f"profile.cost.{k}", v, 0.0) for k, v in vars(profile.cost).items()]
     at_least.append(("profile.kv_tokens", profile.kv_tokens, 0.0))
     at_least.append(("profile.bytes_per_rank", profile.bytes_per_rank, 0.0))
+    at_least.append(("profile.kv_token_bytes", profile.kv_token_bytes, 0.0))
     at_least.append(("mix.output", mix.output, 1.0))
     at_least.append(("mix.prompt", mix.prompt, 1.0))
     at_least.append(("mix.adapters", mix.adapters, 0.0))
@@ -158,6 +161,16 @@ def _within(
     good = (sequences <= profile.max_sequences) & (q * service < 1)
     good &= q * (mix.prompt + mix.output) * t <= profile.max_batch_tokens
     if profile.kv_tokens:
-        good &= sequences * (mix.prompt + mix.output / 2) <= profile.kv_tokens
+        cached = sequences * (mix.prompt + mix.output / 2)
+        good &= cached + _adapter_room(profile, mix, sequences) <= profile.kv_tokens
     good &= (slow_step <= slo.tbt_p95_s) & (wait + service + t <= slo.ttft_p95_s)
     return np.asarray(good)
+
+
+def _adapter_room(profile: Profile, mix: LengthMix, sequences: Floats) -> Floats:
+    """Tokens of the KV cache that the adapters of so many running sequences take, by rank."""
+    if not profile.kv_token_bytes or not mix.adapters:
+        return np.zeros_like(sequences)
+    rank = np.arange(len(sequences))
+    distinct = mix.adapters * -np.expm1(-sequences / mix.adapters)
+    return np.asarray(distinct * rank * profile.bytes_per_rank / profile.kv_token_bytes)

@@ -27,7 +27,6 @@ from loraserve.sim.host_pool import HostPool, LinkSettings
 from loraserve.sim.metrics import Meter, request_work_s
 from loraserve.sim.node_model import EngineSettings, NodeEngine
 from loraserve.sim.policy import with_load_model
-from loraserve.sim.profile_files import kv_token_bytes
 from loraserve.sim.sequence import AdapterTable, SimSequence
 from loraserve.sim.warm_up import warm_up
 from loraserve.sim.workload import Workload
@@ -93,7 +92,7 @@ class Cluster:
         self._settings = settings
         self.meter = Meter(settings.slo)
         self.adapters = AdapterTable.of(
-            workload.ranks, profile.bytes_per_rank, kv_token_bytes(profile)
+            workload.ranks, profile.bytes_per_rank, profile.kv_token_bytes
         )
         base = profile.base
         self._specs = [

@@ -13,18 +13,11 @@ from loraserve.placement.cost_model import CostModel, Profile
 
 DEFAULT_PROFILE = "a100-llama-3-8b-proportional"
 _SHIPPED = Path(__file__).parent / "profiles"
-# What a token takes in the KV cache in bfloat16: adapters share the memory with it.
-_KV_TOKEN_BYTES = {"Llama-2-7B": 524288, "Llama-3-8B": 131072}
 
 
 def shipped_profiles() -> list[str]:
     """Names of the profiles that ship."""
     return sorted(path.stem for path in _SHIPPED.glob("*.json"))
-
-
-def kv_token_bytes(profile: Profile) -> int:
-    """0 where the base is not known here: adapters then take no room from the KV cache."""
-    return _KV_TOKEN_BYTES.get(profile.base, 0)
 
 
 def load_profile(name: str) -> Profile:

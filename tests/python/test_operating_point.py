@@ -59,12 +59,16 @@ def sustains(load: LoadModel, rank: int, requests: float) -> bool:
     if busy >= 1:
         return False
     wait = service * math.log(max(20 * busy, 1)) / (1 - busy)
+    cached = decodes * (mix.prompt + mix.output / 2)
+    if profile.kv_token_bytes:
+        running = mix.adapters * (1 - math.exp(-decodes / mix.adapters))
+        cached += running * profile.bytes_per_rank * rank / profile.kv_token_bytes
     return (
         slow <= load.slo.tbt_p95_s
         and wait + service + t <= load.slo.ttft_p95_s
         and decodes <= profile.max_sequences
         and requests * (mix.prompt + mix.output) * t <= profile.max_batch_tokens
-        and (not profile.kv_tokens or decodes * (mix.prompt + 64) <= profile.kv_tokens)
+        and (not profile.kv_tokens or cached <= profile.kv_tokens)
     )
 
 
