@@ -26,8 +26,7 @@ from loraserve.sim.control import Command, Control
 from loraserve.sim.host_pool import HostPool, LinkSettings
 from loraserve.sim.metrics import Meter, request_work_s
 from loraserve.sim.node_model import EngineSettings, NodeEngine
-from loraserve.sim.policy import with_load_model
-from loraserve.sim.profile_files import kv_token_bytes
+from loraserve.profiles.files import kv_token_bytes
 from loraserve.sim.sequence import AdapterTable, SimSequence
 from loraserve.sim.warm_up import warm_up
 from loraserve.sim.workload import Workload
@@ -79,7 +78,7 @@ class Cluster:
         load: LoadModel,
         settings: ClusterSettings,
     ) -> None:
-        """`load` is what the policy believes; the engines follow `profile`."""
+        """`load` is what the controller believes; the engines follow `profile`."""
         if settings.nodes < 1:
             raise InvalidArgumentError("nodes", f"{settings.nodes} is not at least 1")
         if settings.clients < 1:
@@ -110,7 +109,8 @@ class Cluster:
         self._by_id = {node.node_id: node for node in self.nodes}
         self._control = Control(
             settings.control,
-            with_load_model(policy, load),
+            policy,
+            load,
             self._specs,
             self._send,
             self._publish,

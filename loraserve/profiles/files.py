@@ -12,7 +12,7 @@ from loraserve.errors import InvalidArgumentError, NotFoundError
 from loraserve.placement.cost_model import CostModel, Profile
 
 DEFAULT_PROFILE = "a100-llama-3-8b-proportional"
-_SHIPPED = Path(__file__).parent / "profiles"
+_SHIPPED = Path(__file__).parent
 # What a token takes in the KV cache in bfloat16: adapters share the memory with it.
 _KV_TOKEN_BYTES = {"Llama-2-7B": 524288, "Llama-3-8B": 131072}
 
