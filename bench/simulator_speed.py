@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from loraserve.placement.policies import DEFAULT_POLICY
-from loraserve.sim.profile_files import load_profile
+from loraserve.profiles.files import load_profile
 from loraserve.sim.run import SimulationOptions, make_cluster, workload_of
 
 

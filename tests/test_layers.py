@@ -29,16 +29,17 @@ GROUND = {
     "wire_errors",
     "__init__",
 }
-MIDDLE = {"placement", "engine", "text", "checkpoint"}
+MIDDLE = {"placement", "profiles", "engine", "text", "checkpoint"}
 UPPER = {"client", "controller", "node"}
 # A module or package of loraserve/ to what it may import of it.
 PYTHON_FLOORS: dict[str, set[str]] = (
     {name: GROUND for name in GROUND}
     | {name: GROUND for name in MIDDLE}
     | {"engine": GROUND | {"_engine", "text", "checkpoint"}, "text": GROUND | {"checkpoint"}}
+    | {"profiles": GROUND | {"placement"}}
     | {name: GROUND | MIDDLE for name in UPPER}
     # The simulator runs the pure parts only; see SIMULATED.
-    | {"sim": GROUND | {"placement", "client", "controller"}}
+    | {"sim": GROUND | {"placement", "profiles", "client", "controller"}}
     # The top: commands and the demo.
     | {"cli": GROUND | MIDDLE | UPPER | {"commands", "demo"}}
     | {"commands": GROUND | MIDDLE | UPPER | {"demo", "sim", "profiler"}}

@@ -1,4 +1,4 @@
-"""Writes loraserve/sim/profiles/*.json from published tables (tools/profile_tables).
+"""Writes loraserve/profiles/*.json from published tables (tools/profile_tables).
 
     python tools/make_profiles.py [--check]
 
@@ -25,7 +25,7 @@ from loraserve.sim.recorded import read_recorded
 from loraserve.sim.replay import mean_tpot_s, replay
 
 TABLES = Path(__file__).parent / "profile_tables"
-PROFILES = Path(__file__).parent.parent / "loraserve/sim/profiles"
+PROFILES = Path(__file__).parent.parent / "loraserve/profiles"
 RTX = "llmservingsim_rtxpro6000_llama-3.1-8b"
 # The recorded run that the overhead of an engine step is fitted on: its first half.
 FITTED_REQUESTS = 150

@@ -14,7 +14,7 @@ from loraserve.placement.policies import POLICIES
 from loraserve.sim.claims import run_claims
 from loraserve.sim.cluster import Failure
 from loraserve.sim.lengths import LENGTHS
-from loraserve.sim.profile_files import shipped_profiles
+from loraserve.profiles.files import shipped_profiles
 from loraserve.sim.run import Result, SimulationOptions, simulate
 from loraserve.sim.suite import SUITE, WORKLOADS
 

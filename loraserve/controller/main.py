@@ -4,12 +4,17 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loraserve.controller.server import ControllerOptions, ControllerServer
 from loraserve.controller.state import Settings
 from loraserve.daemon import DaemonParser, run_daemon
+from loraserve.placement.cost_model import Slo
+from loraserve.placement.load import DEFAULT_PROFILE, LoadModel
+from loraserve.placement.operating_point import LengthMix
 from loraserve.placement.policies import DEFAULT_POLICY, POLICIES
+from loraserve.profiles.files import load_profile
 from loraserve.security import TlsFiles
 
 _log = logging.getLogger("loraserve.controller")
@@ -42,9 +47,28 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="of adapters that may move for balance in a placement interval (default: no limit)",
     )
+    add("--profile", help="of the nodes' engine: a file of `loraserve bench profile`, or one shipped")
+    add("--profile-base", help="base model that --profile stands for (default: the one it names)")
+    add("--slo-ttft", type=float, default=Slo().ttft_p95_s, help="p95 of the first token, seconds")
+    add("--slo-tbt", type=float, default=Slo().tbt_p95_s, help="p95 between tokens, seconds")
+    add("--prompt", type=float, default=LengthMix().prompt, help="mean tokens of a prompt")
+    add("--output", type=float, default=LengthMix().output, help="mean tokens of an answer")
+    add("--node-adapters", type=int, default=LengthMix().adapters, help="distinct ones on a node")
     add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
+
+
+def _load_model(arguments: argparse.Namespace) -> LoadModel:
+    """Raises NotFoundError, InvalidArgumentError."""
+    profile = DEFAULT_PROFILE if arguments.profile is None else load_profile(arguments.profile)
+    if arguments.profile_base is not None:
+        profile = replace(profile, base=arguments.profile_base)
+    return LoadModel(
+        profile,
+        Slo(arguments.slo_ttft, arguments.slo_tbt),
+        LengthMix(arguments.prompt, arguments.output, arguments.node_adapters),
+    )
 
 
 def _options(arguments: argparse.Namespace) -> ControllerOptions:
@@ -68,6 +92,7 @@ def _options(arguments: argparse.Namespace) -> ControllerOptions:
         store=arguments.store,
         policy=arguments.policy,
         settings=settings,
+        load=_load_model(arguments),
     )
 
 
@@ -82,6 +107,8 @@ def _check(arguments: argparse.Namespace) -> None:
     budget = arguments.move_budget_mib
     if budget is not None and not 0 <= budget < float("inf"):
         _parser().error("--move-budget-mib: at least 0")
+    if arguments.profile_base is not None and arguments.profile is None:
+        _parser().error("--profile-base goes with --profile")
     if arguments.metrics_port_file and not arguments.metrics_listen:
         _parser().error("--metrics-port-file goes with --metrics-listen")
 

@@ -182,7 +182,7 @@ class Planner:
         nodes: tuple[NodeCapacity, ...],
         forbidden: frozenset[tuple[AdapterId, str]],
     ) -> str:
-        problem = PlacementProblem((spec,), nodes, forbidden=forbidden)
+        problem = PlacementProblem((spec,), nodes, forbidden=forbidden, load=self._load)
         why = self._policy(problem).unplaced.get(spec.adapter)
         return why or f"no node has {spec.size_bytes} bytes of adapter memory left"
 

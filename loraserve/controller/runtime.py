@@ -27,6 +27,7 @@ from loraserve.controller.route_log import RouteChanges, RouteLog
 from loraserve.controller.state import ControllerState, Settings
 from loraserve.controller.store import StateStore
 from loraserve.controller.whole import whole
+from loraserve.placement.load import LoadModel
 from loraserve.placement.types import PlacementPolicy
 
 _log = logging.getLogger(__name__)
@@ -86,7 +87,13 @@ class Runtime:
         self._closing = False
 
     @classmethod
-    def start(cls, store: StateStore, settings: Settings, policy: PlacementPolicy) -> "Runtime":
+    def start(
+        cls,
+        store: StateStore,
+        settings: Settings,
+        policy: PlacementPolicy,
+        load: LoadModel | None = None,
+    ) -> "Runtime":
         """A new epoch on what the store holds. Raises OSError."""
         epoch = store.begin_epoch()
         histories = [record.history for record in store.adapters()]
@@ -102,6 +109,7 @@ class Runtime:
             histories,
             {a: tuple(nodes) for a, nodes in placed.items()},
             {a: tuple(nodes.values()) for a, nodes in placed.items()},
+            load,
         )
         _log.info("epoch %d: %d adapters in the registry", epoch, len(histories))
         return cls(state, store, settings)

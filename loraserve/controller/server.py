@@ -25,6 +25,7 @@ from loraserve.controller.runtime import Runtime
 from loraserve.controller.state import Settings
 from loraserve.controller.store import SqliteStore
 from loraserve.errors import InvalidArgumentError
+from loraserve.placement.load import LoadModel, default_load_model
 from loraserve.placement.policies import DEFAULT_POLICY, policy_named
 from loraserve.security import TlsFiles, authenticator, server_credentials
 from loraserve.serving import Health, MetricsServer, serve_metrics
@@ -42,7 +43,7 @@ SERVICES = (
 @dataclass(frozen=True)
 class ControllerOptions:
     """`listen` and `metrics_listen` are host:port, port 0 for a free one. Packed adapters go to
-    `store` (path or URL), DATA_DIR/adapters by default."""
+    `store` (path or URL), DATA_DIR/adapters by default. `load`: what demands cost nodes."""
 
     listen: str
     data_dir: Path
@@ -52,7 +53,19 @@ class ControllerOptions:
     store: str | None = None
     policy: str = DEFAULT_POLICY
     settings: Settings = field(default_factory=Settings)
+    load: LoadModel = field(default_factory=default_load_model)
     inspector: Inspector = inspect_packed
+
+
+def _check_load(load: LoadModel) -> None:
+    """Raises InvalidArgumentError where no rate at all is within the SLO: placement by such a model
+    would be worth nothing."""
+    if not load.points.tokens_per_s[0] > 0:
+        raise InvalidArgumentError(
+            "profile", f"{load.profile.name!r} cannot meet the SLO at any rate with this length mix"
+        )
+    if load.profile.base:
+        _log.info("placing by profile %r, of base %r", load.profile.name, load.profile.base)
 
 
 class _RequestCounter(grpc.aio.ServerInterceptor):
@@ -79,6 +92,7 @@ class ControllerServer:
         split_address(options.listen, "listen")
         gate = authenticator(options.listen, options.keys, options.tls)
         policy = policy_named(options.policy)
+        _check_load(options.load)
         self._credentials = server_credentials(options.tls) if options.tls else None
         try:
             options.data_dir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +106,7 @@ class ControllerServer:
         self._ticking: asyncio.Task[None] | None = None
         try:
             self._admission = self._clean(options)
-            self.runtime = Runtime.start(self._store, options.settings, policy)
+            self.runtime = Runtime.start(self._store, options.settings, policy, options.load)
         except BaseException:
             self._store.close()
             raise

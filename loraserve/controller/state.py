@@ -73,7 +73,8 @@ class ControllerState:
         load: LoadModel | None = None,
     ) -> None:
         """`histories`: of each adapter its revisions, newest first; the first is what the name
-        points to. `placement` and `shares`: those saved last. `load`: how placement counts."""
+        points to. `placement` and `shares`: those saved last. `load`: what demands cost; where
+        its profile names a base, nodes of another one are refused."""
         self._settings = settings
         self._tick = 0
         self._catalog = Catalog(histories)
@@ -81,7 +82,9 @@ class ControllerState:
         self._failures = LoadFailures()
         self._timers = Timers()
         self._reports = Reports(self._catalog)
-        self._planner = Planner(settings, policy, load or default_load_model(), self._catalog)
+        load = load or default_load_model()
+        self._profile_base = load.profile.base
+        self._planner = Planner(settings, policy, load, self._catalog)
         self._targets = self._planner.targets
         self._moves = Moves(
             settings, self._catalog, self._members, self._targets, self._failures, self._timers
@@ -171,7 +174,7 @@ class ControllerState:
         """Takes one event; the effects are to be carried out in their order.
 
         Raises AlreadyExistsError, NotFoundError (adapters), FailedPreconditionError (a node's stale
-        incarnation, another cluster's epoch) and InvalidArgumentError (values that cannot be)."""
+        incarnation, another cluster's epoch, a base that the profile is not of) and InvalidArgumentError (values that cannot be)."""
         effects: list[Effect] = []
         match event:
             case NodeRegistered(record, heard_epoch):
@@ -208,6 +211,13 @@ class ControllerState:
             raise FailedPreconditionError(
                 "heard_epoch",
                 f"{heard_epoch}, and this controller's is {self.epoch}: another one's?",
+            )
+        if self._profile_base and record.base != self._profile_base:
+            self._reports.count("base without a profile")
+            raise FailedPreconditionError(
+                "base",
+                f"{record.base!r}, and this controller places by a profile of "
+                f"{self._profile_base!r}",
             )
         known = self.nodes.get(record.node_id)
         returns = known is not None and known.unlinked_tick is not None

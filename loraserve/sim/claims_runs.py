@@ -14,7 +14,7 @@ from loraserve.sim.capacity import node_rate
 from loraserve.sim.claims_cases import FAMILY, MIDDLE_LOAD, Case
 from loraserve.sim.claims_measures import WITHIN
 from loraserve.sim.metrics import attained
-from loraserve.sim.profile_files import load_profile
+from loraserve.profiles.files import load_profile
 from loraserve.sim.run import SimulationOptions, make_cluster, result_of
 from loraserve.sim.sequence import SimSequence
 from loraserve.sim.suite import WorkloadOptions, make_workload

@@ -26,7 +26,6 @@ from loraserve.sim.control import Command, Control
 from loraserve.sim.host_pool import HostPool, LinkSettings
 from loraserve.sim.metrics import Meter, request_work_s
 from loraserve.sim.node_model import EngineSettings, NodeEngine
-from loraserve.sim.policy import with_load_model
 from loraserve.sim.sequence import AdapterTable, SimSequence
 from loraserve.sim.warm_up import warm_up
 from loraserve.sim.workload import Workload
@@ -78,7 +77,7 @@ class Cluster:
         load: LoadModel,
         settings: ClusterSettings,
     ) -> None:
-        """`load` is what the policy believes; the engines follow `profile`."""
+        """`load` is what the controller believes; the engines follow `profile`."""
         if settings.nodes < 1:
             raise InvalidArgumentError("nodes", f"{settings.nodes} is not at least 1")
         if settings.clients < 1:
@@ -109,7 +108,8 @@ class Cluster:
         self._by_id = {node.node_id: node for node in self.nodes}
         self._control = Control(
             settings.control,
-            with_load_model(policy, load),
+            policy,
+            load,
             self._specs,
             self._send,
             self._publish,

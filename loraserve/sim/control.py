@@ -15,6 +15,7 @@ from loraserve.controller.events import (
 )
 from loraserve.controller.routes import RouteTable
 from loraserve.controller.state import ControllerState, Settings
+from loraserve.placement.load import LoadModel
 from loraserve.placement.types import AdapterSpec, PlacementPolicy
 from loraserve.sim.cluster_node import ClusterNode
 
@@ -62,13 +63,16 @@ class Control:
         self,
         settings: Settings,
         policy: PlacementPolicy,
+        load: LoadModel,
         specs: Sequence[AdapterSpec],
         send: Callable[[Command], None],
         publish: Callable[[client_routes.RouteTable], None],
     ) -> None:
         self.settings = settings
         self.commands = 0
-        self._state = ControllerState(settings, policy, 1, [(spec,) for spec in specs])
+        self._state = ControllerState(
+            settings, policy, 1, [(spec,) for spec in specs], load=load
+        )
         self._send = send
         self._publish = publish
 

@@ -25,9 +25,11 @@ from loraserve.sim.step_sums import StepSums
 @dataclass(frozen=True)
 class EngineSettings:
     """`install_bytes_per_s`: packed bytes from host memory into the engine's pages, in the step
-    that first needs them. `max_jump`: steps that one event may stand for."""
+    that first needs them. `max_step_install_bytes`: of them in one step, or one larger adapter; 0
+    is no limit. `max_jump`: steps that one event may stand for."""
 
     max_step_installs: int = 4
+    max_step_install_bytes: int = 32 << 20
     max_step_adapter_bytes: int = 0
     install_bytes_per_s: float = 20e9
     max_jump: int = 1 << 30
@@ -255,14 +257,14 @@ class NodeEngine:
     def _admit(self, budget: int) -> tuple[float, bool]:
         """Newcomers for the step: seconds that installing their adapters takes, and whether more
         could come with the next step."""
-        queue, memory = self.queue, self.memory
+        queue, memory, sizes = self.queue, self.memory, self._adapters.sizes
         installs = installed_bytes = 0
         more_with_next = False
         while queue.heads and budget > 0 and self.running < self._profile.max_sequences:
             sequence = queue.first()
             adapter = sequence.adapter
             if adapter != BASE_ONLY and not memory.holds(adapter):
-                if installs >= self._settings.max_step_installs:
+                if not self._may_install(installs, installed_bytes + sizes[adapter]):
                     more_with_next = True
                     queue.set_aside()
                     continue
@@ -270,7 +272,7 @@ class NodeEngine:
                     queue.set_aside()
                     continue
                 installs += 1
-                installed_bytes += self._adapters.sizes[adapter]
+                installed_bytes += sizes[adapter]
             elif adapter != BASE_ONLY and not self._fits_step(adapter):
                 queue.set_aside()
                 continue
@@ -292,6 +294,12 @@ class NodeEngine:
         self.installs += installs
         self.installed_bytes += installed_bytes
         return installed_bytes / self._settings.install_bytes_per_s, more_with_next
+
+    def _may_install(self, installs: int, with_next_bytes: int) -> bool:
+        """One more in this step."""
+        limit = self._settings.max_step_install_bytes
+        within = not installs or not limit or with_next_bytes <= limit
+        return within and installs < self._settings.max_step_installs
 
     def _fits_step(self, adapter: int) -> bool:
         """Within the limit of distinct adapter bytes that a step touches."""

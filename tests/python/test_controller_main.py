@@ -1,6 +1,7 @@
 """loraserve-controller as a process: starts, says where it is, drains, and fails in one line."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraserve.controller.main import main
 from loraserve.wire import dial
 
+ROOT = Path(__file__).parents[2]
 MODULE = "loraserve.controller.main"
 
 
@@ -85,6 +87,10 @@ def test_what_keeps_it_from_starting_is_one_line_and_code_2(
     data = ("--data-dir", tmp_path / "data")
     file = tmp_path / "file"
     file.write_text("x")
+    slow = tmp_path / "slow.json"
+    values = json.loads((ROOT / "loraserve/profiles/a100-llama-3-8b-padded.json").read_text())
+    values["cost"]["prefill_token_s"] = 1.0
+    slow.write_text(json.dumps(values))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         free = ("--listen", "127.0.0.1:0")
@@ -107,6 +113,13 @@ def test_what_keeps_it_from_starting_is_one_line_and_code_2(
             ((*free, *data, "--replicas", 0), "--replicas"),
             ((*free, *data, "--heartbeat-period", "nan"), "--heartbeat-period"),
             ((*free, *data, "--placement-interval", "nan"), "--placement-interval"),
+            ((*free, *data, "--profile", "nonsense"), "profile: 'nonsense' is no file and none of"),
+            ((*free, *data, "--profile", file), "profile: "),
+            ((*free, *data, "--profile", slow), "profile: 'a100-llama-3-8b-padded' cannot meet"),
+            ((*free, *data, "--profile-base", "b"), "--profile-base goes with --profile"),
+            ((*free, *data, "--slo-tbt", "0.001"), "slo.tbt_p95_s: 0.001: an empty step takes"),
+            ((*free, *data, "--slo-ttft", "nan"), "slo.ttft_p95_s: nan"),
+            ((*free, *data, "--output", "0"), "mix.output: 0"),
         ]
         for arguments, told in cases:
             try:

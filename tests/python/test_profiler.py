@@ -14,7 +14,7 @@ from loraserve.placement.operating_point import LengthMix
 from loraserve.profiler.fit import COEFFICIENTS, Point, evaluate, fit_cost_model
 from loraserve.profiler.profile_engine import ProfileOptions, measure, to_json
 from loraserve.profiler.sweep import Grid, scenarios
-from loraserve.sim.profile_files import load_profile
+from loraserve.profiles.files import load_profile
 
 TRUE = CostModel(4e-4, 3e-5, 5e-5, 2e-8, 1e-8, 3e-7, 0.0, 2e-5, 3e-11)
 

@@ -15,7 +15,7 @@ import pytest
 
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import StepLoad
-from loraserve.sim.profile_files import load_profile
+from loraserve.profiles.files import load_profile
 from loraserve.sim.recorded import read_recorded
 from loraserve.sim.replay import mean_tpot_s, mean_ttft_s, replay
 

@@ -18,7 +18,7 @@ from loraserve.sim.capacity import load_model
 from loraserve.sim.cluster import Cluster, ClusterSettings, Failure
 from loraserve.sim.host_pool import HostPool, LinkSettings
 from loraserve.sim.metrics import max_over_mean
-from loraserve.sim.profile_files import load_profile, shipped_profiles
+from loraserve.profiles.files import load_profile, shipped_profiles
 from loraserve.sim.run import SimulationOptions, simulate
 from loraserve.sim.sequence import AdapterTable
 from loraserve.sim.suite import WorkloadOptions, make_workload

@@ -192,6 +192,22 @@ def test_installs_in_one_step_are_limited() -> None:
     assert len(set(firsts)) == 4
 
 
+@pytest.mark.parametrize(
+    # In bytes: 32, 64, 256, 512. A single adapter over the limit is let in, alone.
+    ("limit", "together"),
+    [(0, [4]), (95, [1, 1, 1, 1]), (96, [2, 1, 1]), (352, [3, 1]), (864, [4])],
+)
+def test_bytes_installed_in_one_step_are_limited(limit: int, together: list[int]) -> None:
+    engine_settings = EngineSettings(max_step_install_bytes=limit)
+    slow = replace(engine_settings, install_bytes_per_s=2.0**10)
+    work = [Request(0.0, BASE_ONLY, 4, 60), *(Request(2**-9, i, 4, 2) for i in range(4))]
+    for settings_of in (engine_settings, slow):
+        firsts = [s.first_token_s for s in replay(profile(), work, TABLE, settings_of)[1:]]
+        times = sorted(set(firsts))
+        assert [firsts.count(t) for t in times] == together
+        assert firsts == sorted(firsts)
+
+
 def test_crashed_sequences_keep_what_got_out() -> None:
     engine = NodeEngine(
         profile(), TABLE, EngineSettings(), Slo(), GapHistogram(), lambda _: None, lambda _: None

@@ -12,7 +12,7 @@ from loraserve.errors import InvalidArgumentError, NotFoundError
 from loraserve.placement.cost_model import CostModel, Profile
 
 DEFAULT_PROFILE = "a100-llama-3-8b-proportional"
-_SHIPPED = Path(__file__).parent / "profiles"
+_SHIPPED = Path(__file__).parent
 
 
 def shipped_profiles() -> list[str]:
