@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+from loraserve.placement.shrinkage import shrunk
 from loraserve.placement.types import AdapterId, Demand
 
 # Of the newest window, for an adapter with many requests in it and for sums over ranks; the rest of
@@ -44,15 +47,18 @@ class _Rate:
     """Mean absolute error of the forecast of their sum."""
     requests: float = 0.0
     """In a window: samples with prefill, so at most one for each node and heartbeat."""
+    seen: float = 0.0
+    """Requests that the rates rest on: a count whose weights fall as those of the rates do."""
 
     def update(self, prefill: float, decode: float, requests: int, scale: float) -> None:
-        """By a window's tokens/s; `scale` made the forecast of the rate."""
+        """By a window's tokens/s; `scale` makes the forecast of the rate."""
         tokens, before = prefill + decode, self.prefill + self.decode
         self.deviation = _smooth(self.deviation, abs(tokens - scale * before))
         weight = self._weight(tokens, before)
         self.prefill = _smooth(self.prefill, prefill, weight)
         self.decode = _smooth(self.decode, decode, weight)
         self.requests = _smooth(self.requests, requests, weight)
+        self.seen = (1 - weight) * self.seen + requests
 
     def _weight(self, tokens: float, before: float) -> float:
         """Of a window with so many tokens/s."""
@@ -70,9 +76,9 @@ class DemandTracker:
     """Counts within a window; `demand` changes when a window is closed. `ignored` counts samples
     and times that could not be true.
 
-    Adapters with few requests are smoothed long, the sum of each rank's adapters briefly, and the
-    adapters' rates are scaled to their rank's: what follows a shift between ranks within a window
-    does not follow the chance of single adapters. Idle adapters share what a rank's tokens will go
+    Adapters with few requests are smoothed long and drawn to their rank's mean (`shrinkage`), the
+    sum of each rank's adapters is smoothed briefly, and the adapters' rates are scaled to it: what
+    follows a shift between ranks within a window does not follow the chance of single adapters. Idle adapters share what a rank's tokens will go
     to adapters that are idle now: the tokens of those seen for the first time, and once, in the
     newest window (Good, The population frequencies of species, Biometrika 40, 1953)."""
 
@@ -84,6 +90,7 @@ class DemandTracker:
         self._requests: dict[AdapterId, int] = {}
         self._rank_rates: dict[int, Demand] = {}
         self._unseen: dict[int, float] = {}
+        self._factors: dict[AdapterId, float] = {}
         self._ranks: dict[AdapterId, int] = {}
         self._of_rank: dict[int, int] = {}
         self._new: dict[AdapterId, int] = {}
@@ -133,7 +140,7 @@ class DemandTracker:
         if last is None:
             return False
         seconds = now_s - last
-        scales = self._scales()
+        factors = self._factors
         first_seen = [a for a in self._prefill if a not in self._rates]
         for adapter in self._prefill:
             self._new.pop(adapter, None)
@@ -145,7 +152,7 @@ class DemandTracker:
             decode = self._decode.get(adapter, 0.0) / seconds
             requests = self._requests.get(adapter, 0)
             rank = self._ranks.get(adapter, 0)
-            rate.update(prefill, decode, requests, scales.get(rank, 1.0))
+            rate.update(prefill, decode, requests, factors.get(adapter, 1.0))
             if rate.prefill + rate.decode < FLOOR or (
                 rate.requests < LEAST_REQUESTS and adapter not in self._prefill
             ):
@@ -164,6 +171,7 @@ class DemandTracker:
         }
         self._new = {a: left - 1 for a, left in self._new.items() if left > 1}
         self._prefill, self._decode, self._requests = {}, {}, {}
+        self._factors = self._forecast()
         return True
 
     def _note_unseen(
@@ -192,21 +200,27 @@ class DemandTracker:
             if part >= LEAST_UNSEEN and idle.get(rank, 0) > 0
         }
 
-    def _scales(self) -> dict[int, float]:
-        """By rank: what its adapters' rates are multiplied with so that they sum to the rank's,
-        less what idle adapters are expected to get."""
-        sums: dict[int, float] = {}
-        for adapter, rate in self._rates.items():
-            rank = self._ranks.get(adapter, 0)
-            sums[rank] = sums.get(rank, 0.0) + rate.prefill + rate.decode
+    def _forecast(self) -> dict[AdapterId, float]:
+        """By adapter: what its rate is multiplied with. Rates are drawn to what is usual for their
+        rank, and sum to the rank's, less what idle adapters are expected to get."""
+        held = self._rates.values()
+        tokens = np.array([r.prefill + r.decode for r in held])
+        rank = np.array([self._ranks.get(a, 0) for a in self._rates], np.int64)
+        factor = shrunk(
+            tokens,
+            np.array([r.requests for r in held]),
+            np.array([r.seen for r in held]),
+            rank,
+        )
         unseen = self._idle_parts()
-        scales = {}
-        for rank, total in sums.items():
-            known = self._rank_rates.get(rank, Demand())
-            part, _ = unseen.get(rank, (0.0, 0))
+        for value in set(rank.tolist()):
+            known = self._rank_rates.get(value, Demand())
+            part, _ = unseen.get(value, (0.0, 0))
+            of_rank = rank == value
+            total = float((tokens * factor)[of_rank].sum())
             if total > 0:
-                scales[rank] = (1 - part) * (known.prefill + known.decode) / total
-        return scales
+                factor[of_rank] *= (1 - part) * (known.prefill + known.decode) / total
+        return dict(zip(self._rates, factor.tolist(), strict=True))
 
     def idle(self) -> dict[int, Demand]:
         """By rank: what each of its adapters that `demand` does not name is expected to get; ranks
@@ -220,12 +234,11 @@ class DemandTracker:
     @property
     def rates(self) -> Mapping[AdapterId, Demand]:
         """Smoothed tokens per second, without headroom, of adapters over the floor."""
-        scales = self._scales()
-        made = {}
-        for adapter, rate in self._rates.items():
-            scale = scales.get(self._ranks.get(adapter, 0), 1.0)
-            made[adapter] = Demand(rate.prefill * scale, rate.decode * scale)
-        return made
+        factors = self._factors
+        return {
+            a: Demand(r.prefill * factors[a], r.decode * factors[a])
+            for a, r in self._rates.items()
+        }
 
     def demand(self) -> dict[AdapterId, Demand]:
         """What to place for: rates, headroom for the hot, the prior for the new."""

@@ -56,7 +56,9 @@ def rank_aware(p: Columns) -> Plan:
     repaired = _repair(p, kept, aim_at)
     now = peak(p, repaired.entries)
     above = REPLAN_ABOVE_LARGE if p.nodes > RELABEL_UP_TO else REPLAN_ABOVE
-    if now > above * aim_at or repaired.reasons:
+    # Against the level, not the aim: ranks that share nodes raise the mean, which then looks as if
+    # it could not be lower.
+    if now > above * level or repaired.reasons:
         fresh = _fresh(p, level)
         fewer = len(fresh.reasons) - len(repaired.reasons)
         gain = fewer < 0 or (fewer == 0 and peak(p, fresh.entries) < REPLAN_GAIN * now)

@@ -30,6 +30,8 @@ from loraserve.sim.workload import (
 # W4: shares of the requests by rank, at the start; at the end they are the other way round.
 DRIFT_SHARES = (0.60, 0.20, 0.10, 0.06, 0.04)
 ONE_RANK = 16
+# So long before time 0 are requests known: the controller has been up.
+HISTORY_S = 240.0
 FLASH_FACTOR = 50
 FLASH_S = 300.0
 # S-LoRA's setting S2: rank by index, round robin, the first the largest.
@@ -60,10 +62,16 @@ def _requests(
     ranks: tuple[int, ...],
     choose: Callable[[Floats], Ints],
 ) -> Workload:
+    """`choose` gives adapters for times; what is asked for at time 0 has been so for HISTORY_S."""
+
+    def drawn(times: Floats, seconds: float, when: Floats, before: Workload | None) -> Workload:
+        prompt, output = sample_lengths(options.lengths, rng, len(times))
+        return Workload(name, ranks, times, choose(when), prompt, output, seconds, before)
+
+    past = gamma_arrivals(rng, options.rate, HISTORY_S, options.cv)
+    history = drawn(past, HISTORY_S, np.zeros_like(past), None)
     times = gamma_arrivals(rng, options.rate, options.duration_s, options.cv)
-    adapter = choose(times)
-    prompt, output = sample_lengths(options.lengths, rng, len(times))
-    return Workload(name, ranks, times, adapter, prompt, output, options.duration_s)
+    return drawn(times, options.duration_s, times, history)
 
 
 def _popular(rng: np.random.Generator, shares: Floats) -> Callable[[Floats], Ints]:
@@ -143,6 +151,7 @@ def _flash(o: Options, rng: np.random.Generator) -> Workload:
         np.concatenate([quiet.prompt_tokens, prompt])[order],
         np.concatenate([quiet.output_tokens, output])[order],
         o.duration_s,
+        quiet.history,
     )
 
 

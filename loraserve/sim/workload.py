@@ -29,6 +29,8 @@ class Workload:
     prompt_tokens: Ints
     output_tokens: Ints
     duration_s: float
+    history: "Workload | None" = None
+    """What was asked for before time 0; its last moment is time 0."""
 
     def __post_init__(self) -> None:
         if len(self.time_s) and (np.diff(self.time_s) < 0).any():
