@@ -114,7 +114,8 @@ class _Relief:
             ]
             for _, to in sorted(others):
                 self._shift_one(entry, a, to, goal)
-                if book.load_of(hot) <= goal:
+                # A smaller excess is no piece that is worth a shift.
+                if book.load_of(hot) - goal < LEAST_PIECE / 2:
                     return
 
     def _shift_one(self, e: int, a: int, to: int, goal: float) -> None:
