@@ -184,11 +184,13 @@ class Ledger:
 
     def set_share(self, e: int, share: float) -> None:
         """`GONE` drops the copy."""
-        adapter, node, old = self.adapter_of(e), self.node_of(e), self.share_of(e)
         if e < self._count:
+            adapter, node, old = self._adapters[e], self._nodes[e], self._shares[e]
             self._shares[e] = share
         else:
-            self._new_share[e - self._count] = share
+            new = e - self._count
+            adapter, node, old = self._new_adapter[new], self._new_node[new], self._new_share[new]
+            self._new_share[new] = share
         if share == GONE:
             self.free[node] += self.p.size_bytes[adapter]
             self.copy_count[adapter] -= 1
@@ -228,7 +230,8 @@ class Ledger:
         ranks, of, begin = self._class_ranks, self._class_of[adapter], node * len(self._class_ranks)
         self._busy[begin + of] += by
         if by > 0:
-            self.ranks[node] = max(self.ranks[node], ranks[of])
+            if self.ranks[node] < ranks[of]:
+                self.ranks[node] = ranks[of]
         elif not self._busy[begin + of] and self.ranks[node] == ranks[of]:
             lower = range(of + 1, len(ranks))
             left = next((k for k in lower if self._busy[begin + k]), None)

@@ -129,8 +129,9 @@ class _Relief:
         if part * here < LEAST_PIECE / 2:
             return
         book.set_share(to, max(book.share_of(to), 0.0) + share * part)
+        spare = part >= 1 and book.copy_count[a] > self.p.replicas
         book.set_share(e, share * (1 - part) if part < 1 else 0.0)
-        if part >= 1:
+        if spare:
             self._drop_if_spare(e)
 
     def _drop_if_spare(self, e: int) -> None:
@@ -213,12 +214,13 @@ class _Relief:
         """The node that takes the adapter's copy; -1 where none can. Memory is made where only
         that is missing."""
         book, p = self.book, self.p
-        far = np.abs(book.ranks - p.rank[a]) / MAX_RANK
-        score = np.where(after <= goal, far + 1e-3 * after, 2.0 + after)
-        score[~book.may_take(a, stay)] = np.inf
+        may = book.may_take(a, stay)
+        good = np.flatnonzero(may & (after <= goal))
+        if len(good):
+            far = np.abs(book.ranks[good] - p.rank[a]) / MAX_RANK
+            return int(good[np.argmin(far + 1e-3 * after[good])])
+        score = np.where(may, after, np.inf)
         n = int(np.argmin(score))
-        if score[n] < 2.0:
-            return n
         wanted = book.may_take(a, stay, p.memory) & (after < np.inf)
         wanted &= (book.load < goal - LEAST_PIECE) & (book.free < p.size_bytes[a])
         limit = (goal + float(book.load.max())) / 2
