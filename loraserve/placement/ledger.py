@@ -46,7 +46,8 @@ class Ledger:
         self._together: dict[int, Ints] = {}
         # Single numbers are read ten times faster through these than from the arrays.
         self._adapters, self._nodes = entries.adapter.data, entries.node.data
-        self._shares, self._loads = self._share.data, self.load.data
+        self._shares: memoryview[float] = self._share.data  # type: ignore[assignment]
+        self._loads: memoryview[float] = self.load.data
         c = p.charges
         self._linear = [np.ascontiguousarray(f).data for f in c.linear.T]
         self._sums = [f.data for f in self._features]
@@ -166,7 +167,7 @@ class Ledger:
             if len(domains) < p.replicas:
                 for d in domains:
                     good[self._domain(d)] = False
-        return good
+        return np.asarray(good)
 
     def _allow(self, rank: int) -> Bools:
         """[nodes]: whether the node allows the rank."""

@@ -100,8 +100,8 @@ class _Relief:
         e, adapter, _, features = book.serving(hot)
         charge = self._charges(hot, features)
         limit = goal - LEAST_PIECE / 2
-        able, partner = book.partners(e, adapter, limit)
-        able = np.flatnonzero(able & (charge > LEAST_PIECE / 2))
+        may_shift, partner = book.partners(e, adapter, limit)
+        able = np.flatnonzero(may_shift & (charge > LEAST_PIECE / 2))
         order = able[np.argsort(-charge[able], kind="stable")][:SHIFTS]
         numbers = (e[order].tolist(), adapter[order].tolist(), partner[order].tolist())
         for entry, a, other in zip(*numbers, strict=True):

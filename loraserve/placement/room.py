@@ -31,7 +31,7 @@ def largest_share(p: Columns, entries: Entries) -> Bools:
     largest = entries.share == np.repeat(most, np.diff(np.r_[begin, len(starts)]))
     at = np.flatnonzero(largest)
     largest[at] = first_of_each(entries.adapter[at])
-    return largest
+    return np.asarray(largest)
 
 
 def first_of_each(adapter: Ints) -> Bools:
