@@ -72,7 +72,7 @@ class Planner:
         self._moved: dict[AdapterId, int] = {}
         self._demand = DemandTracker()
         self._demand.close_window(0.0)
-        for spec in catalog.rows().specs:
+        for spec in catalog.specs():
             self._demand.admit(spec.adapter, spec.max_rank)
         self._planned: dict[AdapterId, Demand] = {}
         self._recent: dict[AdapterId, tuple[float, float]] = {}

@@ -14,6 +14,7 @@ from loraserve.placement.types import AdapterId, Demand
 
 # Of the newest window; the rest of the weight is that of the rate before.
 NEWEST_WEIGHT = 0.8
+OLDER_WEIGHT = 1 - NEWEST_WEIGHT
 # Rates below this, tokens/s, count as none: less than one token in a minute and a half.
 FLOOR = 0.01
 # An adapter with at least this part of all tokens is hot, and gets headroom.
@@ -97,9 +98,10 @@ class DemandTracker:
             prefill = self._prefill.get(adapter, 0.0) / seconds
             decode = self._decode.get(adapter, 0.0) / seconds
             error = abs(prefill + decode - rate.prefill - rate.decode)
-            rate.deviation = _smooth(rate.deviation, error)
-            rate.prefill = _smooth(rate.prefill, prefill)
-            rate.decode = _smooth(rate.decode, decode)
+            # Written out: 100,000 adapters may be active.
+            rate.deviation = NEWEST_WEIGHT * error + OLDER_WEIGHT * rate.deviation
+            rate.prefill = NEWEST_WEIGHT * prefill + OLDER_WEIGHT * rate.prefill
+            rate.decode = NEWEST_WEIGHT * decode + OLDER_WEIGHT * rate.decode
             if rate.prefill + rate.decode < FLOOR:
                 gone.append(adapter)
         for adapter in gone:
@@ -129,8 +131,10 @@ class DemandTracker:
             of_rank[1] += rate.decode
         for adapter in self._new:
             if adapter not in made:
-                made[adapter] = self._prior(adapter, sums)
-        return {a: d for a, d in made.items() if d.prefill + d.decode >= FLOOR}
+                prior = self._prior(adapter, sums)
+                if prior.prefill + prior.decode >= FLOOR:
+                    made[adapter] = prior
+        return made
 
     def _prior(self, adapter: AdapterId, sums: Mapping[int, list[float]]) -> Demand:
         """The mean of the adapters of its rank; of all, where it is the first of its rank."""
@@ -162,7 +166,3 @@ def bursts(
         if tokens > times * expected and tokens - expected >= at_least:
             found.append(adapter)
     return sorted(found)
-
-
-def _smooth(old: float, newest: float) -> float:
-    return NEWEST_WEIGHT * newest + (1 - NEWEST_WEIGHT) * old

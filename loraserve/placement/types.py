@@ -53,8 +53,7 @@ class NodeCapacity:
     speed: float = 1.0
 
 
-@dataclass(frozen=True)
-class Demand:
+class Demand(NamedTuple):
     """Tokens per second of one adapter."""
 
     prefill: float = 0.0
