@@ -55,8 +55,8 @@ SIMULATED = {
 # Of loraserve/controller: what the simulator runs, and what it imports.
 CORE = (
     *("adapter_map", "catalog", "choice", "events", "failures", "home", "membership", "moves"),
-    *("planner", "problem", "reports", "residency", "route_log", "routes", "settings", "state"),
-    *("targets", "timers"),
+    *("placing", "planner", "problem", "reports", "residency", "route_log", "routes", "settings"),
+    *("state", "targets", "timers"),
 )
 PURE = [
     "loraserve/placement",

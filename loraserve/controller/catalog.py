@@ -1,11 +1,13 @@
 """The adapters of the cluster, as the core knows them: names and their revisions."""
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 
 from loraserve.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError
-from loraserve.placement.types import AdapterId, AdapterSpec, in_order
+from loraserve.placement.arrays import Ints
+from loraserve.placement.types import AdapterId, AdapterSpec
 
 # Revisions of a name that can be served or returned to.
 MAX_HISTORY = 8
@@ -13,17 +15,41 @@ MAX_HISTORY = 8
 
 class Rows:
     """Current revisions in the order of their adapters, as placement wants them: adapters by row,
-    and the columns that only change with the catalog."""
+    and the columns that only change with the catalog. Made when they are first read, which is where
+    placement is computed."""
 
-    def __init__(self, specs: list[AdapterSpec]) -> None:
-        self.specs = specs
-        self.row = {spec.adapter: i for i, spec in enumerate(specs)}
-        self.adapters = [spec.adapter for spec in specs]
-        self.size_bytes = np.array([s.size_bytes for s in specs], np.int64)
-        self.rank = np.array([s.max_rank for s in specs], np.int64)
-        self.bases = sorted({a.base for a in self.adapters})
+    def __init__(self, specs: Iterable[AdapterSpec]) -> None:
+        self._specs = tuple(specs)
+
+    @cached_property
+    def specs(self) -> list[AdapterSpec]:
+        return sorted(self._specs, key=lambda s: s.adapter)
+
+    @cached_property
+    def adapters(self) -> list[AdapterId]:
+        return [spec.adapter for spec in self.specs]
+
+    @cached_property
+    def row(self) -> dict[AdapterId, int]:
+        return {adapter: i for i, adapter in enumerate(self.adapters)}
+
+    @cached_property
+    def size_bytes(self) -> Ints:
+        return np.array([s.size_bytes for s in self.specs], np.int64)
+
+    @cached_property
+    def rank(self) -> Ints:
+        return np.array([s.max_rank for s in self.specs], np.int64)
+
+    @cached_property
+    def bases(self) -> list[str]:
+        return sorted({a.base for a in self.adapters})
+
+    @cached_property
+    def base(self) -> Ints:
+        """The number in `bases` of each adapter's."""
         number = {base: i for i, base in enumerate(self.bases)}
-        self.base = np.array([number[a.base] for a in self.adapters], np.int64)
+        return np.array([number[a.base] for a in self.adapters], np.int64)
 
 
 class Catalog:
@@ -46,6 +72,10 @@ class Catalog:
     def __len__(self) -> int:
         return len(self._histories)
 
+    def specs(self) -> Iterator[AdapterSpec]:
+        """What every name points to, in no order."""
+        return (history[0] for history in self._histories.values())
+
     def history(self, adapter: AdapterId) -> tuple[AdapterSpec, ...]:
         """Empty where the adapter is unknown."""
         return self._histories.get(adapter, ())
@@ -60,7 +90,7 @@ class Catalog:
     def rows(self) -> "Rows":
         """What every name points to; the same object until that changes."""
         if self._rows is None:
-            self._rows = Rows([self._histories[a][0] for a in in_order(self._histories)])
+            self._rows = Rows(self.specs())
         return self._rows
 
     def add(self, spec: AdapterSpec) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loraserve.controller.placing import PlacementAnswer, PlacementQuestion
 from loraserve.controller.residency import Residency as Residency
 from loraserve.controller.routes import RouteDelta
 from loraserve.placement.types import AdapterId, AdapterSpec
@@ -107,8 +108,22 @@ class Tick:
     """One heartbeat period has passed; the core's only sense of time."""
 
 
+@dataclass(frozen=True)
+class PlacementComputed:
+    """The answer to a ComputePlacement. One that is not awaited any more changes nothing."""
+
+    answer: PlacementAnswer
+
+
 Event = (
-    NodeRegistered | Heartbeat | LinkLost | AdapterAdded | AdapterUpdated | AdapterRemoved | Tick
+    NodeRegistered
+    | Heartbeat
+    | LinkLost
+    | AdapterAdded
+    | AdapterUpdated
+    | AdapterRemoved
+    | Tick
+    | PlacementComputed
 )
 
 
@@ -178,6 +193,14 @@ class TellOperator:
     trouble: bool = False
 
 
+@dataclass(frozen=True)
+class ComputePlacement:
+    """Answer with PlacementComputed(solve(question)), from wherever that takes no time of what
+    else happens. Until then the core asks for no other placement."""
+
+    question: PlacementQuestion
+
+
 Effect = (
     SavePlacement
     | SendLoad
@@ -187,4 +210,5 @@ Effect = (
     | AskRegister
     | AskResidency
     | TellOperator
+    | ComputePlacement
 )

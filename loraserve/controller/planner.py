@@ -7,22 +7,20 @@ and an adapter that was moved stays where it is for an interval, though it may g
 """
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from loraserve.controller.catalog import Catalog, Rows
+from loraserve.controller.catalog import Catalog
 from loraserve.controller.home import Site, first_home, stays
-from loraserve.controller.problem import ProblemLimits, changed_targets, columns_of_cluster
+from loraserve.controller.placing import PlacementAnswer, PlacementQuestion, Since
+from loraserve.controller.problem import ProblemLimits
 from loraserve.controller.settings import Settings
-from loraserve.controller.targets import NOWHERE, Target, Targets, target
-from loraserve.errors import LoraServeError
-from loraserve.placement.autoscale import WantedNodes, wanted_nodes
-from loraserve.placement.bases import part_of
-from loraserve.placement.columns import Columns, Entries, Plan, node_ranks, peak, utilisation
+from loraserve.controller.targets import NOWHERE, Target, Targets
+from loraserve.placement.autoscale import WantedNodes
+from loraserve.placement.columns import Columns, peak
 from loraserve.placement.demand import DemandTracker, bursts
 from loraserve.placement.load import LoadModel
-from loraserve.placement.policies import ObjectPolicy
 from loraserve.placement.types import (
     AdapterId,
     AdapterSpec,
@@ -30,6 +28,7 @@ from loraserve.placement.types import (
     NodeCapacity,
     PlacementPolicy,
     PlacementProblem,
+    in_order,
 )
 
 NEVER = -(1 << 60)
@@ -73,10 +72,13 @@ class Planner:
         self._moved: dict[AdapterId, int] = {}
         self._demand = DemandTracker()
         self._demand.close_window(0.0)
-        for spec in catalog.rows().specs:
+        for spec in catalog.specs():
             self._demand.admit(spec.adapter, spec.max_rank)
         self._planned: dict[AdapterId, Demand] = {}
         self._recent: dict[AdapterId, tuple[float, float]] = {}
+        # The question whose answer is awaited, and adapters that came, changed or went since.
+        self._asked: PlacementQuestion | None = None
+        self._touched: set[AdapterId] = set()
         self._not_before: int | None = 0
         self._placed_tick = NEVER
 
@@ -93,9 +95,11 @@ class Planner:
         self._recent[adapter] = before[0] + prefill, before[1] + decode
 
     def admit(self, spec: AdapterSpec) -> None:
+        self._touched.add(spec.adapter)
         self._demand.admit(spec.adapter, spec.max_rank)
 
     def forget(self, adapter: AdapterId) -> None:
+        self._touched.add(adapter)
         self._demand.forget(adapter)
         for known in (self.unplaced, self._moved, self._planned, self._recent):
             known.pop(adapter, None)
@@ -108,7 +112,9 @@ class Planner:
             self._not_before = not_before
 
     def due(self, tick: int) -> bool:
-        return self._not_before is not None and max(self._not_before, self._placed_tick + 1) <= tick
+        if self._not_before is None or self._asked is not None:
+            return False
+        return max(self._not_before, self._placed_tick + 1) <= tick
 
     def tick(self, tick: int) -> None:
         """Time passes: an interval ends, or a burst has begun."""
@@ -188,73 +194,97 @@ class Planner:
 
     # Placing all
 
-    def place(self, cluster: Cluster, tick: int) -> "Placing":
-        """Where placement fails, all stays as it was."""
+    def question(self, cluster: Cluster, tick: int) -> PlacementQuestion:
+        """What `adopt` wants the answer to. Until then `due` asks for nothing else."""
         self._not_before, self._placed_tick = None, tick
         self.placements += 1
-        rows = self._catalog.rows()
-        demand = self._demand.demand()
-        current = self.targets.all
-        if cluster.held:
-            current = {**current, **cluster.held}
+        gone = self.targets.nodes() - {n.node_id for n in cluster.nodes}
+        displaced = set(cluster.held).union(*(self.targets.on_node(n) for n in gone))
         limits = ProblemLimits(
             cluster.forbidden, self._settings.replicas, cluster.byte_budget, self._load
         )
-        try:
-            idle = self._demand.idle()
-            p = columns_of_cluster(rows, cluster.nodes, demand, current, limits, idle)
-            plan = self._plan(p, cluster, rows, demand, current)
-        except LoraServeError as error:
-            return Placing(trouble=f"placement failed, all stays where it is: {error}")
-        self._planned = demand
-        reasons = {rows.adapters[row]: why for row, why in plan.reasons.items()}
+        self._asked, self._touched = (
+            PlacementQuestion(
+                self._policy,
+                self._catalog.rows(),
+                cluster.nodes,
+                self._demand.demand(),
+                self._demand.idle(),
+                {**self.targets.all, **cluster.held},
+                displaced,
+                limits,
+            ),
+            set(),
+        )
+        return self._asked
+
+    def adopt(
+        self,
+        answer: PlacementAnswer,
+        nodes: tuple[NodeCapacity, ...],
+        forbidden: frozenset[tuple[AdapterId, str]],
+        tick: int,
+    ) -> "Placing":
+        """Takes over what of the answer still holds; `nodes` and `forbidden` are those of now.
+        Where placement failed, all stays as it was."""
+        if answer.question is not self._asked:
+            return Placing()
+        touched, self._asked = self._touched, None
+        if answer.columns is None:
+            return Placing(trouble=answer.trouble)
+        self._planned = dict(answer.question.demand)
+        rows = answer.question.rows
+        reasons = {rows.adapters[row]: why for row, why in answer.plan.reasons.items()}
+        for adapter in touched:
+            reasons.pop(adapter, None)
+            if adapter in self.unplaced:
+                reasons[adapter] = self.unplaced[adapter]
+            if adapter not in self._catalog:
+                self._planned.pop(adapter, None)
         explained = {
             a for a in self.unplaced.keys() | reasons if self.unplaced.get(a) != reasons.get(a)
         }
         self.unplaced = reasons
-        moved = self._adopt(p, plan, rows, tick)
-        self._note(p, plan)
+        moved = self._adopt(answer, Since(answer.question, nodes, forbidden), touched, tick)
+        self.utilisation, self._ranks = dict(answer.utilisation), dict(answer.ranks)
+        self.wanted = dict(answer.wanted)
+        moved |= self._make_room(touched, nodes, forbidden)
         return Placing(moved, explained)
 
-    def _plan(
+    def _make_room(
         self,
-        p: Columns,
-        cluster: Cluster,
-        rows: Rows,
-        demand: Mapping[AdapterId, Demand],
-        current: Mapping[AdapterId, Target],
-    ) -> Plan:
-        if isinstance(self._policy, ObjectPolicy):
-            return self._policy.on_columns(p)
-        by_id = {n: i for i, n in enumerate(p.node_ids)}
-        placement = self._policy(
-            PlacementProblem(
-                tuple(rows.specs),
-                cluster.nodes,
-                demand,
-                {a: t.nodes for a, t in current.items()},
-                cluster.forbidden,
-                p.replicas,
-                {a: t.shares for a, t in current.items()},
-                p.byte_budget,
-                p.load,
+        touched: Set[AdapterId],
+        nodes: tuple[NodeCapacity, ...],
+        forbidden: frozenset[tuple[AdapterId, str]],
+    ) -> set[AdapterId]:
+        """Other homes for what came meanwhile to nodes that the plan, which did not know of it,
+        has filled."""
+        memory = {n.node_id: n.adapter_memory_bytes for n in nodes}
+        moved = set()
+        for adapter in in_order(touched):
+            spec = self._catalog.current(adapter)
+            full = any(
+                self.targets.promised_bytes(n) > memory.get(n, 0)
+                for n in self.targets[adapter].nodes
             )
-        )
-        entries = [
-            (rows.row[a], by_id[n], s)
-            for a, held in placement.holders.items()
-            for n, s in target(held, placement.shares.get(a, ())).parts
-        ]
-        reasons = {rows.row[a]: why for a, why in placement.unplaced.items()}
-        return Plan(Entries.of(*(zip(*entries, strict=True) if entries else ([], [], []))), reasons)
+            if spec is not None and full and self.settle_one(spec, nodes, forbidden):
+                moved.add(adapter)
+        return moved
 
-    def _adopt(self, p: Columns, plan: Plan, rows: Rows, tick: int) -> set[AdapterId]:
+    def _adopt(
+        self, answer: PlacementAnswer, since: Since, touched: Set[AdapterId], tick: int
+    ) -> set[AdapterId]:
+        p, plan, rows = answer.columns, answer.plan, answer.question.rows
+        assert p is not None
         changed = set()
         interval = self._settings.placement_interval_ticks
         worth_it = peak(p, p.current) - peak(p, plan.entries) >= self._settings.least_gain
-        place = {n: i for i, n in enumerate(p.node_ids)}
-        for spec, wanted in changed_targets(p, plan, rows, self.targets):
+        place = {n: i for i, n in enumerate(p.node_ids) if n in since.nodes}
+        for spec, planned in answer.changes:
             adapter, before = spec.adapter, self.targets[spec.adapter]
+            wanted = since.possible(adapter, planned)
+            if adapter in touched or (planned.nodes and not wanted.nodes):
+                continue
             if self._may_stay(p, place, rows.row[adapter], before, wanted):
                 lately = tick - self._moved.get(adapter, NEVER) < interval
                 leaves = not set(before.nodes) <= set(wanted.nodes)
@@ -279,17 +309,3 @@ class Planner:
         if not p.able(np.full(len(at), row), at).all():
             return False
         return len(before.nodes) >= min(len(wanted.nodes), p.replicas)
-
-    def _note(self, p: Columns, plan: Plan) -> None:
-        busy = utilisation(p, plan.entries).tolist() if p.nodes else []
-        self.utilisation = dict(zip(p.node_ids, busy, strict=True))
-        everything = replace(p, prefill=np.ones(p.adapters)) if p.nodes else p
-        ranks = node_ranks(everything, plan.entries).tolist() if p.nodes else []
-        active = node_ranks(p, plan.entries).tolist() if p.nodes else []
-        self._ranks = {n: a or r for n, a, r in zip(p.node_ids, active, ranks, strict=True)}
-        self.wanted = {}
-        for row, base in enumerate(p.bases):
-            adapters = np.flatnonzero(p.adapter_base == row)
-            self.wanted[base] = wanted_nodes(
-                part_of(p, adapters, np.flatnonzero(p.node_base == row))
-            )

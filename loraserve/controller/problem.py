@@ -1,12 +1,13 @@
 """The cluster as placement sees it: the core's state as columns, and a plan back as targets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from loraserve.controller.catalog import Rows
-from loraserve.controller.targets import Target, Targets, target
+from loraserve.controller.targets import Target, target
 from loraserve.placement.columns import Columns, Entries, Plan
 from loraserve.placement.convert import check_columns, domains_of
 from loraserve.placement.load import LoadModel
@@ -45,12 +46,6 @@ def columns_of_cluster(
     silent = rates.sum(axis=0) == 0
     for rank, rate in (idle or {}).items():
         rates[:, silent & (rows.rank == rank)] = [[rate.prefill], [rate.decode]]
-    held = [
-        (row[adapter], place[node], share)
-        for adapter, wanted in current.items()
-        for node, share in wanted.parts
-        if node in place and adapter in row
-    ]
     bad = [row[a] * len(nodes) + place[n] for a, n in limits.forbidden if a in row and n in place]
     made = Columns(
         size_bytes=rows.size_bytes,
@@ -66,7 +61,7 @@ def columns_of_cluster(
         adapter_base=rows.base,
         node_base=np.array([base_row[n.base] for n in nodes], np.int64),
         bases=bases,
-        current=Entries.of(*(zip(*held, strict=True) if held else ([], [], []))),
+        current=_entries(row, place, current),
         forbidden=np.unique(np.array(bad, np.int64)),
         replicas=limits.replicas,
         byte_budget=limits.byte_budget,
@@ -76,15 +71,29 @@ def columns_of_cluster(
     return made
 
 
+def _entries(
+    row: Mapping[AdapterId, int], place: Mapping[str, int], current: Mapping[AdapterId, Target]
+) -> Entries:
+    """Of adapters and nodes that are there. Column by column, as there may be 200,000."""
+    targets = current.values()
+    counts = np.fromiter((len(t.nodes) for t in targets), np.int64, len(current))
+    total = int(counts.sum())
+    rows = np.fromiter((row.get(a, -1) for a in current), np.int64, len(current))
+    nodes = chain.from_iterable(t.nodes for t in targets)
+    node = np.fromiter((place.get(n, -1) for n in nodes), np.int64, total)
+    share = np.fromiter(chain.from_iterable(t.shares for t in targets), np.float64, total)
+    adapter = np.repeat(rows, counts)
+    there = (adapter >= 0) & (node >= 0)
+    return Entries.of(adapter[there], node[there], share[there])
+
+
 def changed_targets(
-    p: Columns, plan: Plan, rows: Rows, targets: Targets
+    p: Columns, plan: Plan, rows: Rows, displaced: Set[AdapterId] = frozenset()
 ) -> Iterator[tuple[AdapterSpec, Target]]:
-    """Adapters that the plan wants elsewhere, or with other shares, than `p.current` has them."""
+    """Adapters that the plan wants elsewhere, or with other shares, than `p.current` has them, and
+    the `displaced`."""
     different = _digests(p, plan.entries) != _digests(p, p.current)
-    # What is wanted on a node that has gone is not in `p.current`.
-    gone = targets.nodes() - set(p.node_ids)
-    if gone:
-        different[[rows.row[a] for node in gone for a in targets.on_node(node)]] = True
+    different[[rows.row[a] for a in displaced if a in rows.row]] = True
     entries = plan.entries.where(different[plan.entries.adapter])
     found: dict[int, list[tuple[str, float]]] = {r: [] for r in np.flatnonzero(different).tolist()}
     for row, node, share in zip(

@@ -11,11 +11,13 @@ from collections.abc import AsyncIterator
 from loraserve.controller.events import (
     AskRegister,
     AskResidency,
+    ComputePlacement,
     Effect,
     Event,
     LinkLost,
     NodeLost,
     NodeRegistered,
+    PlacementComputed,
     PublishRoutes,
     SavePlacement,
     SendDrop,
@@ -23,6 +25,7 @@ from loraserve.controller.events import (
     TellOperator,
     Tick,
 )
+from loraserve.controller.placing import PlacementAnswer, PlacementQuestion, solve
 from loraserve.controller.route_log import RouteChanges, RouteLog
 from loraserve.controller.state import ControllerState, Settings
 from loraserve.controller.store import StateStore
@@ -85,6 +88,7 @@ class Runtime:
         self._routes_changed = asyncio.Condition()
         self._log_of_routes = RouteLog()
         self._closing = False
+        self._placing: asyncio.Task[None] | None = None
 
     @classmethod
     def start(
@@ -110,6 +114,7 @@ class Runtime:
             {a: tuple(nodes) for a, nodes in placed.items()},
             {a: tuple(nodes.values()) for a, nodes in placed.items()},
             load,
+            defers_placement=True,
         )
         _log.info("epoch %d: %d adapters in the registry", epoch, len(histories))
         return cls(state, store, settings)
@@ -141,6 +146,8 @@ class Runtime:
                         _log.info("node %s is to say again what it holds", node_id)
                     case TellOperator(message, trouble):
                         _log.log(logging.WARNING if trouble else logging.INFO, "%s", message)
+                    case ComputePlacement(question):
+                        self._placing = asyncio.create_task(self._place(question))
             if isinstance(event, NodeRegistered):
                 n = event.node
                 _log.info("node %s registered at %s, base %s", n.node_id, n.address, n.base)
@@ -148,6 +155,19 @@ class Runtime:
             async with self._routes_changed:
                 self._routes_changed.notify_all()
         return effects
+
+    async def _place(self, question: PlacementQuestion) -> None:
+        """In a thread: it may take a second, and heartbeats and routes must not wait for it."""
+        try:
+            answer = await asyncio.to_thread(solve, question)
+        except Exception as error:
+            _log.exception("a placement failed")
+            answer = PlacementAnswer(question, f"placement failed, all stays where it is: {error}")
+        if not self._closing:
+            try:
+                await self.apply(PlacementComputed(answer))
+            except Exception:
+                _log.exception("a placement could not be adopted")
 
     async def _save(self, saved: SavePlacement) -> None:
         placed = {
@@ -213,8 +233,12 @@ class Runtime:
                 _log.exception("a tick failed")
 
     async def close(self) -> None:
-        """Ends the streams of nodes and watchers."""
+        """Ends the streams of nodes and watchers. A placement that is being made is left to its
+        thread; one that is being adopted is waited for."""
         self._closing = True
+        if self._placing is not None:
+            self._placing.cancel()
+            await asyncio.wait({self._placing})
         for node_id in list(self._links):
             self.close_link(node_id)
         async with self._routes_changed:

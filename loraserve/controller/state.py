@@ -21,6 +21,7 @@ from loraserve.controller.events import (
     AdapterUpdated,
     AskRegister,
     AskResidency,
+    ComputePlacement,
     Copy,
     Effect,
     Event,
@@ -29,6 +30,7 @@ from loraserve.controller.events import (
     NodeLost,
     NodeRecord,
     NodeRegistered,
+    PlacementComputed,
     PublishRoutes,
     SavePlacement,
     TellOperator,
@@ -37,6 +39,7 @@ from loraserve.controller.events import (
 from loraserve.controller.failures import LoadFailures
 from loraserve.controller.membership import CopyKey, Heard, Membership, Node
 from loraserve.controller.moves import Moves
+from loraserve.controller.placing import PlacementAnswer, solve
 from loraserve.controller.planner import Cluster, Planner
 from loraserve.controller.reports import Reports
 from loraserve.controller.residency import Residency
@@ -71,11 +74,15 @@ class ControllerState:
         placement: Mapping[AdapterId, tuple[str, ...]] | None = None,
         shares: Mapping[AdapterId, tuple[float, ...]] | None = None,
         load: LoadModel | None = None,
+        defers_placement: bool = False,
     ) -> None:
         """`histories`: of each adapter its revisions, newest first; the first is what the name
         points to. `placement` and `shares`: those saved last. `load`: what demands cost; where
-        its profile names a base, nodes of another one are refused."""
+        its profile names a base, nodes of another one are refused. `defers_placement`: whole
+        placements are asked for (ComputePlacement), and adopted when the answer comes
+        (PlacementComputed); else they are made within the step."""
         self._settings = settings
+        self._defers_placement = defers_placement
         self._tick = 0
         self._catalog = Catalog(histories)
         self._members = Membership()
@@ -203,6 +210,8 @@ class ControllerState:
                 self._dirty.add(adapter)
             case Tick():
                 effects += self._advance()
+            case PlacementComputed(answer):
+                effects += self._adopt(answer)
         return effects + self._reconcile()
 
     def _register(self, record: NodeRecord, heard_epoch: int) -> None:
@@ -330,7 +339,6 @@ class ControllerState:
         return any(n not in self.nodes or not self.nodes[n].reported for n in self._awaited)
 
     def _place(self) -> list[Effect]:
-        before = dict(self.wanted)
         held = {}
         if len(self._targets.all) < len(self._catalog):
             for adapter in self._catalog:
@@ -339,7 +347,16 @@ class ControllerState:
         cluster = Cluster(
             self._usable(), held, self._failures.forbidden(), self._moves.budget_left()
         )
-        placing = self._planner.place(cluster, self._tick)
+        question = self._planner.question(cluster, self._tick)
+        if self._defers_placement:
+            return [ComputePlacement(question)]
+        return self._adopt(solve(question))
+
+    def _adopt(self, answer: PlacementAnswer) -> list[Effect]:
+        before = dict(self.wanted)
+        placing = self._planner.adopt(
+            answer, self._usable(), self._failures.forbidden(), self._tick
+        )
         self._dirty |= placing.moved | placing.explained
         self._unsaved |= placing.moved
         told: list[Effect] = [TellOperator(placing.trouble, True)] if placing.trouble else []

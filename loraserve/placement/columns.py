@@ -16,6 +16,7 @@ from loraserve.placement.arrays import Bools, Floats, Ints
 from loraserve.placement.load import Charges, LoadModel, default_load_model
 from loraserve.placement.operating_point import MAX_RANK
 
+MANY = np.iinfo(np.int64).max
 MOST_LISTED = 4096  # ranks up to this are found by a table, others by sorting
 
 
@@ -130,14 +131,24 @@ class Columns:
 
     def able(self, adapter: Ints, node: Ints) -> Bools:
         """Elementwise: whether the node may hold the adapter if it held nothing else."""
-        good = (self.rank[adapter] <= self.rank_limit[node]) & (
-            self.size_bytes[adapter] <= self.memory[node]
-        )
+        good = np.ones(len(adapter), np.bool_)
+        if self.rank_limit.min(initial=MANY) < self.rank.max(initial=0):
+            good &= self.rank[adapter] <= self.rank_limit[node]
+        if self.memory.min(initial=MANY) < self.size_bytes.max(initial=0):
+            good &= self.size_bytes[adapter] <= self.memory[node]
         if len(self.forbidden):
-            key = adapter * self.nodes + node
+            some = np.flatnonzero(self._has_forbidden[adapter])
+            key = adapter[some] * self.nodes + node[some]
             at = np.minimum(np.searchsorted(self.forbidden, key), len(self.forbidden) - 1)
-            good &= self.forbidden[at] != key
-        return np.asarray(good)
+            good[some] &= self.forbidden[at] != key
+        return good
+
+    @cached_property
+    def _has_forbidden(self) -> Bools:
+        """[adapters]: whether some node is forbidden for it."""
+        has = np.zeros(self.adapters, np.bool_)
+        has[self.forbidden // self.nodes] = True
+        return has
 
 
 def hashed(names: Sequence[object]) -> npt.NDArray[np.uint64]:

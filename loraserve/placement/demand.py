@@ -257,8 +257,10 @@ class DemandTracker:
             of_rank[1] += rate.decode
         for adapter in self._new:
             if adapter not in made:
-                made[adapter] = self._prior(adapter, sums)
-        return {a: d for a, d in made.items() if d.prefill + d.decode >= FLOOR}
+                prior = self._prior(adapter, sums)
+                if prior.prefill + prior.decode >= FLOOR:
+                    made[adapter] = prior
+        return made
 
     def _prior(self, adapter: AdapterId, sums: Mapping[int, list[float]]) -> Demand:
         """The mean of the adapters of its rank; of all, where it is the first of its rank."""

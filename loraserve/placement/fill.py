@@ -15,7 +15,7 @@ import numpy as np
 from loraserve.placement.arrays import Bools, Floats, Ints
 from loraserve.placement.columns import Columns, Entries
 from loraserve.placement.operating_point import MAX_RANK
-from loraserve.placement.room import segment_sums
+from loraserve.placement.room import heaviest_first, segment_sums
 
 # Idle adapters are spread by bytes as if they made this part of the whole load.
 IDLE_PART = 0.005
@@ -171,8 +171,7 @@ def _hot(p: Columns, classes: Classes, density: float) -> Bools:
     """[adapters]: whether the adapter is among those of its rank, densest in load first, whose
     bytes fit on the nodes that their load needs; `density` is bytes for a node's load of 1."""
     worth = classes.weight / np.maximum(p.size_bytes, 1)
-    order = np.argsort(-worth, kind="stable")
-    order = order[np.argsort(classes.of[order].astype(np.uint16), kind="stable")]
+    order = heaviest_first(classes.of, worth)
     load = segment_sums(classes.weight[order], classes.of[order])
     size = segment_sums(p.size_bytes[order].astype(np.float64), classes.of[order])
     hot = np.empty(p.adapters, np.bool_)
@@ -253,8 +252,7 @@ def _spread(p: Columns, classes: Classes, segments: list[Segment]) -> Entries:
     class_ = np.array([s[1] for s in segments], np.int64)
     part = np.array([s[2] for s in segments])
     hands = np.bincount(class_, minlength=len(classes.ranks))
-    heavy_first = np.argsort(-classes.weight, kind="stable")
-    order = heavy_first[np.argsort(classes.of[heavy_first].astype(np.uint16), kind="stable")]
+    order = heaviest_first(classes.of, classes.weight)
     count = np.bincount(classes.of, minlength=len(hands))
     start = np.cumsum(count) - count
     of = classes.of[order]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from loraserve.placement.arrays import Bools, Floats, Ints
-from loraserve.placement.columns import Columns, Entries, node_features, node_ranks
+from loraserve.placement.columns import Columns, Entries, node_features
 from loraserve.placement.operating_point import MAX_RANK
 
 GONE = -1.0  # the share of an entry that was dropped
@@ -31,23 +31,43 @@ class Ledger:
         self._node_ends = np.cumsum(np.bincount(entries.node, minlength=p.nodes))
         self._extra_of_adapter: dict[int, list[int]] = {}
         self._extra_of_node: dict[int, list[int]] = {}
-        self.features = node_features(p, entries)
-        self.ranks = node_ranks(p, entries)
+        self.ranks = self._count_ranks()
         used = np.bincount(entries.node, p.size_bytes[entries.adapter], minlength=p.nodes)
         self.free = p.memory - used.astype(np.int64)
         self.weights = p.charges.weights
+        # By feature: one number is read and written at a time.
+        self._features = np.ascontiguousarray(node_features(p, entries).T)
         weights = self.weights[np.minimum(self.ranks, MAX_RANK)]
-        self.load: Floats = (self.features * weights).sum(axis=1) / p.capacity
+        self.load: Floats = (self._features.T * weights).sum(axis=1) / p.capacity
         self._forbidden: dict[int, list[int]] = {}
         for key in p.forbidden.tolist():
             self._forbidden.setdefault(key // p.nodes, []).append(key % p.nodes)
+        self._allowing: dict[int, Bools] = {}
+        self._together: dict[int, Ints] = {}
         # Single numbers are read ten times faster through these than from the arrays.
         self._adapters, self._nodes = entries.adapter.data, entries.node.data
-        self._shares, self._loads = self._share.data, self.load.data
+        self._shares: memoryview[float] = self._share.data  # type: ignore[assignment]
+        self._loads: memoryview[float] = self.load.data
         c = p.charges
         self._linear = [np.ascontiguousarray(f).data for f in c.linear.T]
+        self._sums = [f.data for f in self._features]
         self._read, self._seen = c.read.data, c.seen.data
-        self._capacity = p.capacity.data
+        self._capacity: list[float] = p.capacity.tolist()
+
+    def _count_ranks(self) -> Ints:
+        """[nodes]: the largest rank with demand there. Keeps the number of such entries of every
+        node and rank, so that a node's largest rank is known when one of them goes."""
+        p, entries = self.p, self._start
+        ranks, of = p.rank_classes
+        self._class_of, self._class_ranks = of.data, ranks.tolist()
+        self._active = p.active.data
+        busy = (entries.share > 0) & p.active[entries.adapter]
+        cells = entries.node[busy] * len(ranks) + of[entries.adapter[busy]]
+        counts = np.bincount(cells, minlength=p.nodes * len(ranks))
+        self._busy = counts.data
+        there = counts.reshape(p.nodes, len(ranks)) > 0
+        found = np.where(there.any(axis=1), ranks[there.argmax(axis=1)], 0)
+        return np.asarray(found, np.int64)
 
     # Reading
 
@@ -61,19 +81,22 @@ class Ledger:
         return self._shares[e] if e < self._count else self._new_share[e - self._count]
 
     def load_of(self, node: int) -> float:
-        return float(self._loads[node])
+        return self._loads[node]
 
-    def piece(self, adapter: int, share: float, node: int) -> float:
-        """Utilisation that a share of the adapter makes on the node, at the node's rank."""
+    def pieces(self, adapter: int, share: float, source: int, target: int) -> tuple[float, float]:
+        """Utilisation that a share of the adapter makes on each of two nodes, at their ranks."""
         seen = 1 - math.exp(-self._seen[adapter] * share)
         last = self._linear[-1][adapter] * share + self._read[adapter] * seen
         if len(self._linear) == 1:
-            return last / self._capacity[node]
-        weights = self.weights[min(max(self.ranks[node], self.p.rank[adapter]), MAX_RANK)]
-        work = weights[-1] * last
-        for k in range(len(self._linear) - 1):
-            work += weights[k] * self._linear[k][adapter] * share
-        return float(work) / self._capacity[node]
+            return last / self._capacity[source], last / self._capacity[target]
+        found = []
+        for node in (source, target):
+            weights = self.weights[min(max(self.ranks[node], self.p.rank[adapter]), MAX_RANK)]
+            work = weights[-1] * last
+            for k in range(len(self._linear) - 1):
+                work += weights[k] * self._linear[k][adapter] * share
+            found.append(float(work) / self._capacity[node])
+        return found[0], found[1]
 
     def copies(self, adapter: int) -> list[int]:
         """Entries of the adapter that are not dropped."""
@@ -86,15 +109,18 @@ class Ledger:
             found += [e for e in extra if self.share_of(e) != GONE]
         return found
 
-    def may_shift(self, e: Ints, adapter: Ints, limit: float) -> Bools:
-        """False where the adapter surely has no other copy on a node less busy than `limit`."""
+    def partners(self, e: Ints, adapter: Ints, limit: float) -> tuple[Bools, Ints]:
+        """Of each entry: False where its adapter surely has no other copy on a node less busy than
+        `limit`; and the other copy where there is exactly one, -1 where `copies` must tell."""
         count = self.copy_count[adapter]
+        if not self._count:
+            return count > 1, np.full(len(e), -1)
         paired = self._pair[adapter] & (count == 2) & (e < self._count)
         # The copies of a pair are neighbours, and `_ends` is behind the second.
         other = np.where(paired, 2 * self._ends[adapter] - 3 - e, 0)
-        same = self._start.adapter[other] == adapter if self._count else paired
-        busy = self.load[self._start.node[other]] >= limit if self._count else paired
-        return np.asarray((count > 1) & ~(paired & same & busy))
+        paired &= (self._start.adapter[other] == adapter) & (self._share[other] != GONE)
+        busy = self.load[self._start.node[other]] >= limit
+        return np.asarray((count > 1) & ~(paired & busy)), np.where(paired, other, -1)
 
     def serving(self, node: int) -> tuple[Ints, Ints, Floats, Floats]:
         """Entries of the node that carry demand: numbers, adapters, shares, and features
@@ -117,12 +143,12 @@ class Ledger:
         there = share != GONE
         return e[there], adapter[there], share[there]
 
-    def added_load(self, adapter: int, share: float, features: Floats) -> Floats:
+    def added_load(self, adapter: int, features: Floats) -> Floats:
         """[nodes]: their utilisation if each got `features` of the adapter."""
         if not self.p.load.padded:
             return np.asarray(self.load + features[0] / self.p.capacity)
         ranks = np.minimum(np.maximum(self.ranks, self.p.rank[adapter]), MAX_RANK)
-        work = ((self.features + features) * self.weights[ranks]).sum(axis=1)
+        work = ((self._features + features[:, None]) * self.weights[ranks].T).sum(axis=0)
         return np.asarray(work / self.p.capacity)
 
     def may_take(self, adapter: int, besides: Iterable[int], free: Ints | None = None) -> Bools:
@@ -131,7 +157,7 @@ class Ledger:
         the free memory."""
         p = self.p
         room = self.free if free is None else free
-        good = (room >= p.size_bytes[adapter]) & (p.rank_limit >= p.rank[adapter])
+        good = (room >= p.size_bytes[adapter]) & self._allow(int(p.rank[adapter]))
         for n in self._forbidden.get(adapter, ()):
             good[n] = False
         besides = list(besides)
@@ -140,26 +166,36 @@ class Ledger:
             domains = {int(p.domain[n]) for n in besides}
             if len(domains) < p.replicas:
                 for d in domains:
-                    good &= p.domain != d
+                    good[self._domain(d)] = False
         return np.asarray(good)
+
+    def _allow(self, rank: int) -> Bools:
+        """[nodes]: whether the node allows the rank."""
+        if rank not in self._allowing:
+            self._allowing[rank] = self.p.rank_limit >= rank
+        return self._allowing[rank]
+
+    def _domain(self, domain: int) -> Ints:
+        """Its nodes."""
+        if domain not in self._together:
+            self._together[domain] = np.flatnonzero(self.p.domain == domain)
+        return self._together[domain]
 
     # Changing
 
     def set_share(self, e: int, share: float) -> None:
         """`GONE` drops the copy."""
-        adapter, node, old = self.adapter_of(e), self.node_of(e), self.share_of(e)
-        self._account(adapter, node, max(old, 0.0), max(share, 0.0))
         if e < self._count:
-            self._share[e] = share
+            adapter, node, old = self._adapters[e], self._nodes[e], self._shares[e]
+            self._shares[e] = share
         else:
-            self._new_share[e - self._count] = share
+            new = e - self._count
+            adapter, node, old = self._new_adapter[new], self._new_node[new], self._new_share[new]
+            self._new_share[new] = share
         if share == GONE:
             self.free[node] += self.p.size_bytes[adapter]
             self.copy_count[adapter] -= 1
-        if share <= 0 and old > 0 and self.ranks[node] == self.p.rank[adapter]:
-            _, left, _, _ = self.serving(node)
-            self.ranks[node] = self.p.rank[left].max(initial=0)
-        self._refresh(node)
+        self._account(adapter, node, max(old, 0.0), max(share, 0.0))
 
     def add(self, adapter: int, node: int, share: float) -> int:
         e = self._count + len(self._new_adapter)
@@ -171,25 +207,36 @@ class Ledger:
         self.free[node] -= self.p.size_bytes[adapter]
         self.copy_count[adapter] += 1
         self._account(adapter, node, 0.0, share)
-        self._refresh(node)
         return e
 
     def _account(self, adapter: int, node: int, old: float, new: float) -> None:
-        seen = self._seen[adapter]
-        for k, column in enumerate(self._linear):
-            self.features[node, k] += column[adapter] * (new - old)
-        reads = math.exp(-seen * old) - math.exp(-seen * new)
-        self.features[node, -1] += self._read[adapter] * reads
-        if new > 0 and self.p.active[adapter]:
-            self.ranks[node] = max(self.ranks[node], self.p.rank[adapter])
+        seen, sums = self._seen[adapter], self._sums
+        reads = self._read[adapter] * (math.exp(-seen * old) - math.exp(-seen * new))
+        if self._active[adapter] and (old > 0) != (new > 0):
+            self._count_rank(adapter, node, 1 if new > 0 else -1)
+        if len(sums) == 1:
+            total = sums[0][node] + self._linear[0][adapter] * (new - old) + reads
+            sums[0][node] = total
+            self._loads[node] = total / self._capacity[node]
+            return
+        for column, linear in zip(sums, self._linear, strict=True):
+            column[node] += linear[adapter] * (new - old)
+        sums[-1][node] += reads
+        weights = self.weights[min(int(self.ranks[node]), MAX_RANK)]
+        work = float(self._features[:, node] @ weights)
+        self._loads[node] = work / self._capacity[node]
 
-    def _refresh(self, node: int) -> None:
-        if len(self._linear) == 1:
-            self.load[node] = self.features[node, 0] / self._capacity[node]
-        else:
-            rank = min(int(self.ranks[node]), MAX_RANK)
-            work = float(self.features[node] @ self.weights[rank])
-            self.load[node] = work / self._capacity[node]
+    def _count_rank(self, adapter: int, node: int, by: int) -> None:
+        """One entry with demand more or less."""
+        ranks, of, begin = self._class_ranks, self._class_of[adapter], node * len(self._class_ranks)
+        self._busy[begin + of] += by
+        if by > 0:
+            if self.ranks[node] < ranks[of]:
+                self.ranks[node] = ranks[of]
+        elif not self._busy[begin + of] and self.ranks[node] == ranks[of]:
+            lower = range(of + 1, len(ranks))
+            left = next((k for k in lower if self._busy[begin + k]), None)
+            self.ranks[node] = 0 if left is None else ranks[left]
 
     def entries(self) -> Entries:
         """The plan as it is now."""

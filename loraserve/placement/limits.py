@@ -28,12 +28,17 @@ def settle(p: Columns, wish: Entries, spread_idle: bool = False) -> Plan:
     """All nodes serve the adapters' base, and every adapter has a node that could hold it alone.
     A wish may name a pair that is not allowed; it is passed over. Of an adapter without demand only
     the first wish counts unless `spread_idle`: more copies than replicas would serve nobody."""
-    wish = wish.where(p.able(wish.adapter, wish.node))
-    free = p.memory.copy()
+    able = p.able(wish.adapter, wish.node)
+    wish = wish if able.all() else wish.where(able)
     first = largest_share(p, wish)
     if not spread_idle:
         needed = first | p.active[wish.adapter]
-        wish, first = wish.where(needed), first[needed]
+        if not needed.all():
+            wish, first = wish.where(needed), first[needed]
+    used = np.bincount(wish.node, p.size_bytes[wish.adapter], minlength=p.nodes)
+    free = p.memory.copy()
+    if np.count_nonzero(first) == p.adapters and (used <= free).all():
+        return _complete(p, free - used.astype(np.int64), wish, {})
     kept = first.copy()
     kept[first] = admit(p, free, wish.adapter[first], wish.node[first])
     housed, reasons = _house(p, free, wish.where(kept))
@@ -47,6 +52,11 @@ def settle(p: Columns, wish: Entries, spread_idle: bool = False) -> Plan:
     entries = wish.where(kept | taken)
     if len(housed):
         entries = joined(entries, housed)
+    return _complete(p, free, entries, reasons)
+
+
+def _complete(p: Columns, free: Ints, entries: Entries, reasons: dict[int, str]) -> Plan:
+    """The plan with shares that sum to 1, and with replicas."""
     entries = shares_to_one(p, entries)
     if p.replicas > 1:
         entries = replicate(p, free, entries)

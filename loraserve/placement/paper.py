@@ -25,7 +25,7 @@ from loraserve.placement.columns import Columns, Entries, Plan
 from loraserve.placement.limits import settle
 from loraserve.placement.operating_point import MAX_RANK
 from loraserve.placement.relabel import relabel
-from loraserve.placement.room import segment_sums
+from loraserve.placement.room import heaviest_first, segment_sums
 
 # All adapters without demand together count as this part of the demand.
 IDLE_PART = 0.001
@@ -54,8 +54,7 @@ def packed(p: Columns, leftovers: bool = True) -> Entries:
     servers = np.lexsort((-p.capacity, -p.rank_limit))
     budget = largest_remainder(util, p.nodes)
     begin = np.cumsum(budget) - budget
-    order = np.argsort(-tps, kind="stable")
-    order = order[np.argsort(of[order].astype(np.uint16), kind="stable")]
+    order = heaviest_first(of, tps)
     group = [servers[b : b + n] for b, n in zip(begin, budget, strict=True)]
     line = segment_sums((tps / point[of])[order], of[order])
     found: list[tuple[Ints, Ints, Floats]] = []

@@ -100,39 +100,38 @@ class _Relief:
         e, adapter, _, features = book.serving(hot)
         charge = self._charges(hot, features)
         limit = goal - LEAST_PIECE / 2
-        able = np.flatnonzero(book.may_shift(e, adapter, limit) & (charge > LEAST_PIECE / 2))
+        may_shift, partner = book.partners(e, adapter, limit)
+        able = np.flatnonzero(may_shift & (charge > LEAST_PIECE / 2))
         order = able[np.argsort(-charge[able], kind="stable")][:SHIFTS]
-        for entry, a in zip(e[order].tolist(), adapter[order].tolist(), strict=True):
+        numbers = (e[order].tolist(), adapter[order].tolist(), partner[order].tolist())
+        for entry, a, other in zip(*numbers, strict=True):
             others = [
                 (book.load_of(n), x)
-                for x in book.copies(a)
+                for x in (book.copies(a) if other < 0 else (other,))
                 # A copy that would raise its node's rank would slow the whole node.
                 if book.load_of(n := book.node_of(x)) < limit
                 and not (p.load.padded and book.ranks[n] < p.rank[a])
             ]
             for _, to in sorted(others):
-                self._shift_one(entry, to, goal)
-                if book.load_of(hot) <= goal:
+                self._shift_one(entry, a, to, goal)
+                # A smaller excess is no piece that is worth a shift.
+                if book.load_of(hot) - goal < LEAST_PIECE / 2:
                     return
 
-    def _shift_one(self, e: int, to: int, goal: float) -> None:
+    def _shift_one(self, e: int, a: int, to: int, goal: float) -> None:
         book = self.book
-        a, source, target, share = (
-            book.adapter_of(e),
-            book.node_of(e),
-            book.node_of(to),
-            book.share_of(e),
-        )
+        source, target, share = book.node_of(e), book.node_of(to), book.share_of(e)
         slack, excess = goal - book.load_of(target), book.load_of(source) - goal
         if slack <= 1e-6 or share <= 0:
             return
-        here, there = book.piece(a, share, source), book.piece(a, share, target)
+        here, there = book.pieces(a, share, source, target)
         part = min(1.0, slack / max(there, 1e-12), excess / max(here, 1e-12))
         if part * here < LEAST_PIECE / 2:
             return
         book.set_share(to, max(book.share_of(to), 0.0) + share * part)
+        spare = part >= 1 and book.copy_count[a] > self.p.replicas
         book.set_share(e, share * (1 - part) if part < 1 else 0.0)
-        if part >= 1:
+        if spare:
             self._drop_if_spare(e)
 
     def _drop_if_spare(self, e: int) -> None:
@@ -195,7 +194,7 @@ class _Relief:
         others = [book.node_of(x) for x in book.copies(a) if x != e]
         stay = [*others, hot] if not whole or p.replicas == 1 else others
         part = 1.0 if whole else excess / charge
-        after = book.added_load(a, share * part, features * part)
+        after = book.added_load(a, features * part)
         after[hot] = np.inf
         n = self._target(a, after, stay, goal)
         if n < 0:
@@ -215,12 +214,13 @@ class _Relief:
         """The node that takes the adapter's copy; -1 where none can. Memory is made where only
         that is missing."""
         book, p = self.book, self.p
-        far = np.abs(book.ranks - p.rank[a]) / MAX_RANK
-        score = np.where(after <= goal, far + 1e-3 * after, 2.0 + after)
-        score[~book.may_take(a, stay)] = np.inf
+        may = book.may_take(a, stay)
+        good = np.flatnonzero(may & (after <= goal))
+        if len(good):
+            far = np.abs(book.ranks[good] - p.rank[a]) / MAX_RANK
+            return int(good[np.argmin(far + 1e-3 * after[good])])
+        score = np.where(may, after, np.inf)
         n = int(np.argmin(score))
-        if score[n] < 2.0:
-            return n
         wanted = book.may_take(a, stay, p.memory) & (after < np.inf)
         wanted &= (book.load < goal - LEAST_PIECE) & (book.free < p.size_bytes[a])
         limit = (goal + float(book.load.max())) / 2
@@ -249,7 +249,7 @@ class _Relief:
                 continue
             others = [book.node_of(x) for x in book.copies(int(adapter[i])) if x != e[i]]
             allowed = book.may_take(int(adapter[i]), others)
-            allowed &= book.added_load(int(adapter[i]), float(share[i]), features[i]) <= limit
+            allowed &= book.added_load(int(adapter[i]), features[i]) <= limit
             allowed[node] = False
             if not allowed.any():
                 continue

@@ -5,13 +5,14 @@ These are for callers with thousands of adapters at most; policies work on array
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from loraserve.placement.load import LoadModel, default_load_model
 
 
-@dataclass(frozen=True, order=True)
-class AdapterId:
-    """Unique in the cluster; `name` is unique within (tenant, base)."""
+class AdapterId(NamedTuple):
+    """Unique in the cluster; `name` is unique within (tenant, base). A key of nearly everything, so
+    a tuple, which is hashed and compared several times as fast as a dataclass."""
 
     tenant: str
     base: str
@@ -22,8 +23,8 @@ class AdapterId:
 
 
 def in_order(adapters: Iterable[AdapterId]) -> list[AdapterId]:
-    """Sorted; several times as fast as by the comparison of the dataclass."""
-    return sorted(adapters, key=lambda a: (a.tenant, a.base, a.name))
+    """Sorted."""
+    return sorted(adapters)
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class NodeCapacity:
     speed: float = 1.0
 
 
-@dataclass(frozen=True)
-class Demand:
+class Demand(NamedTuple):
     """Tokens per second of one adapter."""
 
     prefill: float = 0.0

@@ -152,12 +152,12 @@ def test_a_name_is_found_by_base_where_several_have_it() -> None:
 
 def test_of_several_tenants_the_default_one_is_meant() -> None:
     mine = adapter(holder("a"))
-    theirs = replace(mine, adapter=replace(SQL_ID, tenant="acme"))
+    theirs = replace(mine, adapter=SQL_ID._replace(tenant="acme"))
     assert table("a", theirs, mine).find("", "sql") == mine
     assert table("a", theirs).find("base", "sql") == theirs
-    strange = replace(mine, adapter=replace(SQL_ID, tenant="bolt"))
+    strange = replace(mine, adapter=SQL_ID._replace(tenant="bolt"))
     assert table("a", theirs, strange).find("", "sql") is None
-    far = replace(mine, adapter=replace(SQL_ID, base="other"))
+    far = replace(mine, adapter=SQL_ID._replace(base="other"))
     with pytest.raises(InvalidArgumentError):
         table("a", theirs, mine, far).find("", "sql")
 
