@@ -98,6 +98,8 @@ MEMORY_FOR_ALL = 0.9
 # So that a full step, with LoRA, is within the default SLO of 150 ms between tokens.
 BATCH_TOKENS = {A100.name: 1024, H100.name: 2048}
 ACTIVATION_BYTES = 4e9
+# From host memory: four fifths of the line rate of 16 lanes of PCIe 4 and 5 (estimate).
+HOST_BYTES_PER_S = {A100.name: 25e9, H100.name: 50e9}
 
 SOURCE = """\
 step_s, prefill_token_s, decode_token_s: relative-error NNLS on {table}, prefill 0..2048 \
@@ -113,7 +115,8 @@ prefill speeds of the two devices. adapter_byte_s: every distinct adapter's weig
 step at the same bandwidth (BGMV cost follows the largest rank, MBGMV the sum of ranks: \
 Toppings, ATC'25, R2 0.96). {rank_term}: 2 FLOP for each weight and token at {gemm:.0%} of \
 the device's GEMM speed (estimate). kv_tokens: {memory:.0%} of {device_bytes:.0f} GB less \
-weights and 4 GB. max_batch_tokens: a full step is within 150 ms."""
+weights and 4 GB. install_byte_s: {host:.0f} GB/s from host memory, four fifths of PCIe's line \
+rate (estimate). max_batch_tokens: a full step is within 150 ms."""
 
 
 def read_table(name: str) -> dict[str, Array]:
@@ -280,6 +283,7 @@ def derived(
         bytes_per_rank=model.rank_bytes,
         kv_tokens=math.floor(free / model.kv_bytes / 1000) * 1000,
         kv_token_bytes=model.kv_bytes,
+        install_byte_s=1 / HOST_BYTES_PER_S[device.name],
         padded=padded,
         source=SOURCE.format(
             table=table,
@@ -296,6 +300,7 @@ def derived(
             gemm=LORA_GEMM_EFFICIENCY,
             memory=MEMORY_FOR_ALL,
             device_bytes=device.memory_bytes / 1e9,
+            host=HOST_BYTES_PER_S[device.name] / 1e9,
         ),
     )
 

@@ -115,6 +115,8 @@ class Profile:
     kv_token_bytes: int = 0
     """Of a token in the KV cache: the adapters of running requests share its memory. 0: they take
     nothing from it."""
+    install_byte_s: float = 0.0
+    """Of an adapter's bytes from host memory to the device, in the step that first needs them."""
     padded: bool = False
     """Whether the engine pads a batch's adapters to one rank."""
     source: str = ""

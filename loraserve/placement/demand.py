@@ -78,9 +78,10 @@ class DemandTracker:
 
     Adapters with few requests are smoothed long and drawn to their rank's mean (`shrinkage`), the
     sum of each rank's adapters is smoothed briefly, and the adapters' rates are scaled to it: what
-    follows a shift between ranks within a window does not follow the chance of single adapters. Idle adapters share what a rank's tokens will go
-    to adapters that are idle now: the tokens of those seen for the first time, and once, in the
-    newest window (Good, The population frequencies of species, Biometrika 40, 1953)."""
+    follows a shift between ranks within a window does not follow the chance of single adapters.
+    Idle adapters share what a rank's tokens will go to adapters that are idle now: the tokens of
+    those seen for the first time, and once, in the newest window (Good, The population frequencies
+    of species, Biometrika 40, 1953)."""
 
     def __init__(self) -> None:
         self.ignored = 0

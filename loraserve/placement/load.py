@@ -7,7 +7,8 @@ q w + (step_s + a) / t = 1 says that token work and adapter reads share what fix
 
 0 for an idle node, 1 at the SLO; at one rank and the stated mix it is tokens / OP[rank]. An adapter
 that takes a share of its demand to a node is read in 1 - exp(-appearances per second x t) of the
-steps, so spreading an adapter costs reads. A proportional engine charges each adapter by its own
+steps, so spreading an adapter costs reads. Work includes installing an adapter from host memory for
+requests that find it evicted from the device, exp(-requests per second x `kept_s`) of them. A proportional engine charges each adapter by its own
 rank; an engine that pads charges all tokens of a node by the largest rank among the adapters that
 have demand there. A node of speed s has s - step_s / t instead of 1 - step_s / t.
 """
@@ -77,16 +78,26 @@ class LoadModel:
         prefill_seen = prefill / min(self.mix.prompt, self.profile.max_batch_tokens)
         seen = (decode + prefill_seen) * t
         cost = self.profile.cost.loaded()
+        asked = prefill / self.mix.prompt
+        with np.errstate(invalid="ignore"):
+            missing = np.where(asked > 0, np.exp(-asked * points.kept_s[rank]), 0.0)
+        install = asked * missing * size_bytes * self.profile.install_byte_s
         if not self.padded:
-            work = (
-                prefill * points.prefill_work_s[rank] + decode * points.decode_work_s[rank]
-            ) / usable
+            work = prefill * points.prefill_work_s[rank] + decode * points.decode_work_s[rank]
+            work = (work + install) / usable
             read = (cost.adapter_s + cost.adapter_byte_s * size_bytes) / (t * usable)
             return Charges(work[:, None], read, seen, np.ones((MAX_RANK + 1, 1)))
         usable = 1 - cost.step_s / points.step_s
-        weights = np.stack([points.prefill_work_s, points.decode_work_s], axis=1)
-        weights = np.column_stack([weights, points.read_s / points.step_s]) / usable[:, None]
-        features = np.column_stack([prefill, decode, np.zeros_like(decode)])
+        weights = np.column_stack(
+            [
+                points.prefill_work_s,
+                points.decode_work_s,
+                np.ones_like(usable),
+                points.read_s / points.step_s,
+            ]
+        )
+        weights /= usable[:, None]
+        features = np.column_stack([prefill, decode, install, np.zeros_like(decode)])
         return Charges(features, np.ones(len(rank)), seen, weights)
 
     def capacity(self, speed: Floats) -> Floats:

@@ -6,18 +6,17 @@ Steady state of continuous batching. Requests arrive at rate q (1/s), each of `p
     t = step_s + a(t) + q t w       or      q w + (step_s + a(t)) / t = 1              (balance)
 
 with w the seconds of token work per request (prefill, decode, attention over a context of
-prompt + output / 2, products with the adapters) and a(t) the reads of the distinct adapters of a
-step. Of A equally wanted adapters a step with B tokens' worth of appearances sees
+prompt + output / 2, products with the adapters; and installing its adapter where the memory that
+the KV cache leaves does not hold all of them) and a(t) the reads of the distinct adapters of a step. Of A equally wanted adapters a step with B tokens' worth of appearances sees
 A (1 - exp(-B / A)) (Poisson arrivals). q grows with t, and so does everything that limits it:
 
     sequences   q output t                       <= max_sequences        (Little's law)
     tokens      q (prompt + output) t            <= max_batch_tokens
-    KV cache    q output t (prompt + output / 2) + distinct (bytes / kv_token_bytes) <= kv_tokens,
-                where of A equally wanted adapters distinct = A (1 - exp(-q R / A)) run, R = output t
-                (Poisson: whoever has a request in flight keeps its adapter installed)
+    KV cache    q output t (prompt + output / 2) + running (bytes / kv_token_bytes) <= kv_tokens:
+                of A equally wanted adapters A (1 - exp(-q output t / A)) have a request running
     TBT p95     a step with decodes and the prefill of n95 requests, n95 = m + 1.645 sqrt(m) the
                 normal approximation of a Poisson 95th percentile with mean m = q t, within the
-                batch's token budget
+                batch's token budget, and one install at most
     TTFT p95    W95 + S + t: S is the time of a prompt where full batches leave room for prefill,
                 W95 = S ln(20 rho) / (1 - rho), rho = q S, the 95th percentile of waiting in an
                 M/M/1 queue (Kleinrock, Queueing Systems I, section 3.2)
@@ -63,6 +62,8 @@ class OperatingPoints:
     decode_work_s: Floats
     read_s: Floats
     """Seconds to read one adapter of this rank in a step."""
+    kept_s: Floats
+    """How long an adapter that nobody asks for stays on the device; infinite where all fit."""
 
 
 def check_profile(profile: Profile, slo: Slo, mix: LengthMix) -> None:
@@ -71,6 +72,7 @@ def check_profile(profile: Profile, slo: Slo, mix: LengthMix) -> None:
     at_least.append(("profile.kv_tokens", profile.kv_tokens, 0.0))
     at_least.append(("profile.bytes_per_rank", profile.bytes_per_rank, 0.0))
     at_least.append(("profile.kv_token_bytes", profile.kv_token_bytes, 0.0))
+    at_least.append(("profile.install_byte_s", profile.install_byte_s, 0.0))
     at_least.append(("mix.output", mix.output, 1.0))
     at_least.append(("mix.prompt", mix.prompt, 1.0))
     at_least.append(("mix.adapters", mix.adapters, 0.0))
@@ -114,9 +116,14 @@ def operating_points(profile: Profile, slo: Slo, mix: LengthMix) -> OperatingPoi
         middle = (low + high) / 2
         good = _within(profile, slo, mix, middle, prefill, decode, read)
         low, high = np.where(good, middle, low), np.where(good, high, middle)
-    requests, _ = _balance(profile, mix, low, prefill, decode, read)
+    requests, _, missing = _requests(profile, mix, low, prefill, decode, read)
     tokens = np.where(possible, requests * (mix.prompt + mix.output), 0.0)
-    return OperatingPoints(tokens, low, prefill, decode, read)
+    # Of equally wanted adapters under Poisson requests, exp(-rate x kept) are missing (Che, Tung,
+    # Wang: Hierarchical Web caching systems, 2002).
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = -np.log(missing) * max(1, mix.adapters) / requests
+    kept = np.where((missing > 0) & (requests > 0), kept, np.inf)
+    return OperatingPoints(tokens, low, prefill, decode, read, kept)
 
 
 def appearances(profile: Profile, mix: LengthMix) -> float:
@@ -125,10 +132,10 @@ def appearances(profile: Profile, mix: LengthMix) -> float:
 
 
 def _balance(
-    profile: Profile, mix: LengthMix, t: Floats, prefill: Floats, decode: Floats, read: Floats
+    profile: Profile, mix: LengthMix, t: Floats, work: Floats, read: Floats
 ) -> tuple[Floats, Floats]:
-    """Requests per second at mean step time t, and the seconds of adapter reads in a step."""
-    work = mix.prompt * prefill + mix.output * decode
+    """Requests per second at mean step time t with `work` seconds each, and the seconds of adapter
+    reads in a step."""
     count, seen = max(1, mix.adapters), appearances(profile, mix)
     read = read if mix.adapters else np.zeros_like(read)
     q = np.zeros_like(t)
@@ -138,6 +145,39 @@ def _balance(
         value = q * work + (profile.cost.step_s + read * count * (1 - rest)) / t - 1
         q = q - value / (work + read * seen * rest)
     return np.maximum(q, 0), read * count * (1 - np.exp(-q * t * seen / count))
+
+
+def _requests(
+    profile: Profile, mix: LengthMix, t: Floats, prefill: Floats, decode: Floats, read: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """Requests per second at mean step time t, the seconds of adapter reads in a step, and the
+    part of the requests that find their adapter not on the device."""
+    work = mix.prompt * prefill + mix.output * decode
+    q, reads = _balance(profile, mix, t, work, read)
+    missing = np.zeros_like(t)
+    if not _installs(profile, mix):
+        return q, reads, missing
+    install = profile.install_byte_s * profile.bytes_per_rank * np.arange(len(t))
+    # More requests leave less room for idle adapters, and more misses allow fewer requests: halving
+    # the step finds where both agree.
+    for _ in range(24):
+        missing = (missing + _missing(profile, mix, q * mix.output * t)) / 2
+        q, reads = _balance(profile, mix, t, work + install * missing, read)
+    return q, reads, missing
+
+
+def _installs(profile: Profile, mix: LengthMix) -> bool:
+    shared = profile.kv_tokens and profile.kv_token_bytes and mix.adapters
+    return bool(shared and profile.install_byte_s)
+
+
+def _missing(profile: Profile, mix: LengthMix, sequences: Floats) -> Floats:
+    """The part of equally wanted adapters for which the KV cache of so many sequences leaves no
+    room, by rank."""
+    size = np.arange(len(sequences)) * profile.bytes_per_rank / profile.kv_token_bytes
+    room = profile.kv_tokens - sequences * (mix.prompt + mix.output / 2)
+    held = np.maximum(room, 0.0) / np.maximum(size, 1e-9)
+    return np.maximum(0.0, 1.0 - held / mix.adapters)
 
 
 def _within(
@@ -150,14 +190,16 @@ def _within(
     read: Floats,
 ) -> Bools:
     """Whether every limit of the module's docstring holds at mean step time t."""
-    q, reads = _balance(profile, mix, t, prefill, decode, read)
+    q, reads, missing = _requests(profile, mix, t, prefill, decode, read)
+    install = profile.install_byte_s * profile.bytes_per_rank * np.arange(len(t)) * missing
     fixed = profile.cost.step_s + reads
     sequences = q * mix.output * t
     room = np.maximum(profile.max_batch_tokens - sequences, 0.0)
     bursts = q * t + NORMAL_P95 * np.sqrt(q * t)
     slow_step = fixed + sequences * decode + np.minimum(room, mix.prompt * bursts) * prefill
+    slow_step += np.minimum(bursts, 1.0) * install
     full_step = fixed + sequences * decode + room * prefill
-    service = mix.prompt * full_step / np.maximum(room, 1e-9)
+    service = mix.prompt * full_step / np.maximum(room, 1e-9) + install
     busy = np.minimum(q * service, 1 - 1e-9)
     wait = service * np.log(np.maximum(20 * busy, 1.0)) / (1 - busy)
     good = (sequences <= profile.max_sequences) & (q * service < 1)

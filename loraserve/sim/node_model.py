@@ -25,14 +25,12 @@ from loraserve.sim.step_sums import StepSums
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`install_bytes_per_s`: packed bytes from host memory into the engine's pages, in the step
-    that first needs them. `max_step_install_bytes`: of them in one step, or one larger adapter; 0
-    is no limit. `max_jump`: steps that one event may stand for."""
+    """`max_step_install_bytes`: packed bytes from host memory into the engine's pages in one step,
+    or one larger adapter; 0 is no limit. `max_jump`: steps that one event may stand for."""
 
     max_step_installs: int = 4
     max_step_install_bytes: int = 32 << 20
     max_step_adapter_bytes: int = 0
-    install_bytes_per_s: float = 20e9
     max_jump: int = 1 << 30
 
 
@@ -294,7 +292,7 @@ class NodeEngine:
         queue.bring_back()
         self.installs += installs
         self.installed_bytes += installed_bytes
-        return installed_bytes / self._settings.install_bytes_per_s, more_with_next
+        return installed_bytes * self._profile.install_byte_s, more_with_next
 
     def _may_install(self, installs: int, with_next_bytes: int) -> bool:
         """One more in this step."""

@@ -18,6 +18,13 @@ MODELS = {
     "adapters read": model(adapter_s=300e-6),
     "few sequences": replace(model(), profile=replace(model().profile, max_sequences=24)),
     "little cache": replace(model(), profile=replace(model().profile, kv_tokens=20_000)),
+    "shared memory": replace(
+        model(),
+        profile=replace(
+            model().profile, kv_tokens=60_000, kv_token_bytes=131_072, install_byte_s=4e-11
+        ),
+        mix=LengthMix(512.0, 128.0, 100),
+    ),
     "strict gaps": replace(model(), slo=Slo(5.0, 0.03)),
     "strict start": replace(model(), slo=Slo(0.4, 0.5)),
 }
@@ -27,6 +34,16 @@ def sustains(load: LoadModel, rank: int, requests: float) -> bool:
     """Whether the SLO holds: CostModel.seconds of the mean step, iterated to its fixed point."""
     profile, mix, cost = load.profile, load.mix, load.profile.cost
     seen = mix.output + max(1.0, mix.prompt / profile.max_batch_tokens)
+
+    size = profile.bytes_per_rank * rank
+
+    def install(t: float) -> float:
+        """Seconds of a request."""
+        if not profile.kv_token_bytes or not rank:
+            return 0.0
+        free = profile.kv_tokens - requests * mix.output * t * (mix.prompt + mix.output / 2)
+        held = max(0.0, free) / (size / profile.kv_token_bytes)
+        return max(0.0, 1 - held / mix.adapters) * size * profile.install_byte_s
 
     def step(t: float, prefill: float | None = None) -> float:
         tokens = requests * mix.prompt * t if prefill is None else prefill
@@ -48,13 +65,14 @@ def sustains(load: LoadModel, rank: int, requests: float) -> bool:
 
     t = cost.step_s
     for _ in range(3000):
-        t = step(t)
+        t = step(t) + requests * t * install(t)
         if t > 2 * load.slo.tbt_p95_s:
             return False
     decodes, room = requests * mix.output * t, profile.max_batch_tokens - requests * mix.output * t
     burst = requests * t + 1.645 * math.sqrt(requests * t)
     slow, full = step(t, min(room, mix.prompt * burst)), step(t, room)
-    service = mix.prompt * full / room
+    slow += min(burst, 1.0) * install(t)
+    service = mix.prompt * full / room + install(t)
     busy = requests * service
     if busy >= 1:
         return False
@@ -62,7 +80,7 @@ def sustains(load: LoadModel, rank: int, requests: float) -> bool:
     cached = decodes * (mix.prompt + mix.output / 2)
     if profile.kv_token_bytes:
         running = mix.adapters * (1 - math.exp(-decodes / mix.adapters))
-        cached += running * profile.bytes_per_rank * rank / profile.kv_token_bytes
+        cached += running * size / profile.kv_token_bytes
     return (
         slow <= load.slo.tbt_p95_s
         and wait + service + t <= load.slo.ttft_p95_s

@@ -140,7 +140,7 @@ def test_the_same_times_as_step_by_step_with_the_cost_model(
     p = profile(cost=cost, padded=padded)
     work = requests(25, seed)
     # Installing takes no time here, and all at once.
-    free = EngineSettings(max_step_installs=99, install_bytes_per_s=float("inf"))
+    free = EngineSettings(max_step_installs=99)
     done = replay(p, work, TABLE, free)
     assert [(s.order, s.first_token_s, s.finish_s) for s in done] == plain(p, work)
 
@@ -153,10 +153,10 @@ def test_the_same_times_as_step_by_step_with_the_cost_model(
 )
 def test_jumps_equal_single_steps_exactly(seed: int, kv: int, cost: CostModel) -> None:
     """Also with preemptions, evictions and installs."""
-    p = profile(cost=cost, kv_tokens=kv)
+    p = profile(cost=cost, kv_tokens=kv, install_byte_s=2.0**-14)
     work = requests(30, seed)
     gaps = [GapHistogram(), GapHistogram()]
-    fast = EngineSettings(install_bytes_per_s=2.0**14)
+    fast = EngineSettings()
     jumps = replay(p, work, TABLE, fast, gaps[0])
     steps = replay(p, work, TABLE, replace(fast, max_jump=1), gaps[1])
     assert results(jumps) == results(steps)
@@ -214,10 +214,10 @@ def test_installs_in_one_step_are_limited() -> None:
 )
 def test_bytes_installed_in_one_step_are_limited(limit: int, together: list[int]) -> None:
     engine_settings = EngineSettings(max_step_install_bytes=limit)
-    slow = replace(engine_settings, install_bytes_per_s=2.0**10)
     work = [Request(0.0, BASE_ONLY, 4, 60), *(Request(2**-9, i, 4, 2) for i in range(4))]
-    for settings_of in (engine_settings, slow):
-        firsts = [s.first_token_s for s in replay(profile(), work, TABLE, settings_of)[1:]]
+    for install_byte_s in (0.0, 2.0**-10):
+        p = profile(install_byte_s=install_byte_s)
+        firsts = [s.first_token_s for s in replay(p, work, TABLE, engine_settings)[1:]]
         times = sorted(set(firsts))
         assert [firsts.count(t) for t in times] == together
         assert firsts == sorted(firsts)
