@@ -11,10 +11,10 @@ from rich.table import Table
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import Slo
 from loraserve.placement.policies import POLICIES
+from loraserve.profiles.files import shipped_profiles
 from loraserve.sim.claims import run_claims
 from loraserve.sim.cluster import Failure
 from loraserve.sim.lengths import LENGTHS
-from loraserve.profiles.files import shipped_profiles
 from loraserve.sim.run import Result, SimulationOptions, simulate
 from loraserve.sim.suite import SUITE, WORKLOADS
 

@@ -47,7 +47,10 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="of adapters that may move for balance in a placement interval (default: no limit)",
     )
-    add("--profile", help="of the nodes' engine: a file of `loraserve bench profile`, or one shipped")
+    add(
+        "--profile",
+        help="of the nodes' engine: a file of `loraserve bench profile`, or one shipped",
+    )
     add("--profile-base", help="base model that --profile stands for (default: the one it names)")
     add("--slo-ttft", type=float, default=Slo().ttft_p95_s, help="p95 of the first token, seconds")
     add("--slo-tbt", type=float, default=Slo().tbt_p95_s, help="p95 between tokens, seconds")

@@ -1,11 +1,14 @@
-"""What one engine step costs: linear in a few features of the step. Pure.
+"""What one engine step costs: linear in a few features of the step, with two hinges. Pure.
 
 The terms follow from what a step does: products over tokens, attention over contexts, adapters
 whose weights are read once each. `token_max_rank_s` is for engines that pad a batch to its
-largest rank; an engine whose cost follows each adapter's own rank has 0 there.
+largest rank; an engine whose cost follows each adapter's own rank has 0 there. The hinges: with
+more than `batch_tokens` in a step its products stop being bound by reading the weights, so that
+every further token costs more; and where adapters and KV cache outgrow the processor's own cache
+(`cache_bytes`), the bytes beyond come from memory. A model without them has 0 there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class StepLoad:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds per unit of each feature of StepLoad; `step_s` for a step at all."""
+    """Seconds per unit of each feature of StepLoad; `step_s` for a step at all. `batch_token_s`:
+    more for each token over `batch_tokens`. `spill_byte_s`: more for each byte over `cache_bytes`
+    of adapters and KV cache, where a token of context or prefill takes `context_bytes`."""
 
     step_s: float
     prefill_token_s: float
@@ -42,11 +47,18 @@ class CostModel:
     token_max_rank_s: float = 0.0
     adapter_s: float = 0.0
     adapter_byte_s: float = 0.0
+    batch_token_s: float = 0.0
+    batch_tokens: float = 0.0
+    spill_byte_s: float = 0.0
+    cache_bytes: float = 0.0
+    context_bytes: float = 0.0
 
     def seconds(self, load: StepLoad) -> float:
         """Of one step. A step without tokens costs nothing."""
-        if load.prefill_tokens + load.decode_tokens <= 0:
+        tokens = load.prefill_tokens + load.decode_tokens
+        if tokens <= 0:
             return 0.0
+        held = load.adapter_bytes + self.context_bytes * (load.context_tokens + load.prefill_tokens)
         return (
             self.step_s
             + self.prefill_token_s * load.prefill_tokens
@@ -57,6 +69,23 @@ class CostModel:
             + self.token_max_rank_s * load.token_max_rank
             + self.adapter_s * load.adapters
             + self.adapter_byte_s * load.adapter_bytes
+            + self.batch_token_s * max(tokens - self.batch_tokens, 0.0)
+            + self.spill_byte_s * max(held - self.cache_bytes, 0.0)
+        )
+
+    def loaded(self) -> "CostModel":
+        """Without hinges, every token and byte at its price beyond them: what placement adds up.
+        Never below `seconds`, and at most `batch_token_s * batch_tokens + spill_byte_s *
+        cache_bytes` above it."""
+        context_s = self.spill_byte_s * self.context_bytes
+        return replace(
+            self,
+            prefill_token_s=self.prefill_token_s + self.batch_token_s + context_s,
+            decode_token_s=self.decode_token_s + self.batch_token_s,
+            context_token_s=self.context_token_s + context_s,
+            adapter_byte_s=self.adapter_byte_s + self.spill_byte_s,
+            batch_token_s=0.0,
+            spill_byte_s=0.0,
         )
 
 

@@ -76,7 +76,7 @@ class LoadModel:
         usable = 1 - self.profile.cost.step_s / t
         prefill_seen = prefill / min(self.mix.prompt, self.profile.max_batch_tokens)
         seen = (decode + prefill_seen) * t
-        cost = self.profile.cost
+        cost = self.profile.cost.loaded()
         if not self.padded:
             work = (
                 prefill * points.prefill_work_s[rank] + decode * points.decode_work_s[rank]

@@ -20,7 +20,9 @@ A (1 - exp(-B / A)) (Poisson arrivals). q grows with t, and so does everything t
                 W95 = S ln(20 rho) / (1 - rho), rho = q S, the 95th percentile of waiting in an
                 M/M/1 queue (Kleinrock, Queueing Systems I, section 3.2)
 
-so the operating point is the largest t, found by bisection, for which all hold.
+so the operating point is the largest t, found by bisection, for which all hold. Tokens and bytes
+have the prices beyond the cost model's hinges (`CostModel.loaded`): node loads must add up, and at
+the SLO steps are beyond them.
 """
 
 from dataclasses import dataclass
@@ -88,7 +90,7 @@ def check_profile(profile: Profile, slo: Slo, mix: LengthMix) -> None:
 
 def work_by_rank(profile: Profile, mix: LengthMix) -> tuple[Floats, Floats, Floats]:
     """(seconds per prefill token, per decode token, per adapter read) for ranks 0 to MAX_RANK."""
-    cost = profile.cost
+    cost = profile.cost.loaded()
     rank = np.arange(MAX_RANK + 1, dtype=np.float64)
     per_rank = cost.token_rank_s + (cost.token_max_rank_s if profile.padded else 0.0)
     context = mix.prompt + mix.output / 2

@@ -10,11 +10,11 @@ import numpy as np
 from loraserve.placement.cost_model import Profile, Slo
 from loraserve.placement.load import LoadModel
 from loraserve.placement.operating_point import LengthMix
+from loraserve.profiles.files import load_profile
 from loraserve.sim.capacity import node_rate
 from loraserve.sim.claims_cases import FAMILY, MIDDLE_LOAD, Case
 from loraserve.sim.claims_measures import WITHIN
 from loraserve.sim.metrics import attained
-from loraserve.profiles.files import load_profile
 from loraserve.sim.run import SimulationOptions, make_cluster, result_of
 from loraserve.sim.sequence import SimSequence
 from loraserve.sim.suite import WorkloadOptions, make_workload

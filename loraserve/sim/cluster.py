@@ -20,13 +20,13 @@ from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.placement.cost_model import Profile, Slo
 from loraserve.placement.load import LoadModel
 from loraserve.placement.types import AdapterId, AdapterSpec, PlacementPolicy
+from loraserve.profiles.files import kv_token_bytes
 from loraserve.security.identity import DEFAULT_TENANT
 from loraserve.sim.cluster_node import ClusterNode
 from loraserve.sim.control import Command, Control
 from loraserve.sim.host_pool import HostPool, LinkSettings
 from loraserve.sim.metrics import Meter, request_work_s
 from loraserve.sim.node_model import EngineSettings, NodeEngine
-from loraserve.profiles.files import kv_token_bytes
 from loraserve.sim.sequence import AdapterTable, SimSequence
 from loraserve.sim.warm_up import warm_up
 from loraserve.sim.workload import Workload

@@ -70,9 +70,7 @@ class Control:
     ) -> None:
         self.settings = settings
         self.commands = 0
-        self._state = ControllerState(
-            settings, policy, 1, [(spec,) for spec in specs], load=load
-        )
+        self._state = ControllerState(settings, policy, 1, [(spec,) for spec in specs], load=load)
         self._send = send
         self._publish = publish
 

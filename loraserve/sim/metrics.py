@@ -31,7 +31,7 @@ class Meter:
 def request_work_s(profile: Profile, adapters: AdapterTable, sequence: SimSequence) -> float:
     """What the request is worth on any node: its tokens at the profile's prices, the adapter at its
     own rank. The same for every policy, so that balance can be compared."""
-    cost = profile.cost
+    cost = profile.cost.loaded()
     rank = 0 if sequence.adapter == BASE_ONLY else adapters.ranks[sequence.adapter]
     per_rank = cost.token_rank_s + cost.token_max_rank_s
     prompt, output = sequence.prompt_tokens, sequence.output_tokens

@@ -3,6 +3,7 @@
 Each step takes the decodes first, then running prefills and newcomers in order of arrival within
 the token budget. Between two events nothing but context lengths changes, so k decode steps in a
 row are one event: the time of a step is linear in the context, the time of k steps quadratic in k.
+An event ends where the contexts outgrow the cache, as steps get longer at another pace from there.
 
 Left out of the engine's scheduler: priorities, the prefix cache, and blocks (the KV cache is
 counted in tokens).
@@ -215,12 +216,12 @@ class NodeEngine:
             self._first_s = self._sums.mixed_step_s(self._chunks) + install_s
             self.end_s = now_s + self._first_s
             return
+        self._slope_s, in_a_row = self._sums.decode_run()
         if not more_with_next and not install_s:
-            steps = self._next_finish() - self.steps
+            steps = min(self._next_finish() - self.steps, in_a_row)
             if self.memory.capacity:
                 steps = min(steps, self.memory.free // decoding)
             self._steps = max(1, min(steps, self._settings.max_jump))
-        self._slope_s = self._sums.slope_s
         self._first_s = self._sums.decode_step_s() + install_s
         self.end_s = now_s + self._span(self._steps)
 

@@ -8,11 +8,11 @@ from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import Profile, Slo
 from loraserve.placement.operating_point import LengthMix
 from loraserve.placement.policies import DEFAULT_POLICY, policy_named
+from loraserve.profiles.files import DEFAULT_PROFILE, load_profile
 from loraserve.sim.capacity import load_model, node_rate
 from loraserve.sim.cluster import Cluster, ClusterSettings, Failure
 from loraserve.sim.lengths import mean_lengths
 from loraserve.sim.metrics import summary
-from loraserve.profiles.files import DEFAULT_PROFILE, load_profile
 from loraserve.sim.servegen import servegen
 from loraserve.sim.suite import WorkloadOptions, make_workload, trace_workload
 from loraserve.sim.traces import read_trace

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from loraserve.placement.cost_model import Profile
 from loraserve.sim.sequence import BASE_ONLY, AdapterTable, SimSequence
 
+_ENDLESS = 1 << 60
+
 
 class StepSums:
     """Sums over the decoding sequences, and what a step with them costs. The two `_s` methods are
@@ -64,10 +66,26 @@ class StepSums:
         """Every context grew by so many tokens."""
         self.context += steps * self.decoding
 
-    @property
-    def slope_s(self) -> float:
-        """By how much each decode step is longer than the one before."""
-        return self._cost.context_token_s * self.decoding
+    def _held_bytes(self) -> float:
+        """Of adapters and contexts in a step without prefill: what may outgrow the cache."""
+        held = self._cost.context_bytes * self.context
+        if self._padded and self._by_rank:
+            return held + len(self._by_adapter) * max(self._by_rank) * self._bytes_per_rank
+        return held + self._distinct_bytes
+
+    def decode_run(self) -> tuple[float, int]:
+        """By how much each decode step is longer than the one before, and for how many steps that
+        is so: to where the contexts outgrow the cache, a number without meaning where they never
+        do."""
+        c = self._cost
+        slope = c.context_token_s * self.decoding
+        growth = c.context_bytes * self.decoding
+        if not c.spill_byte_s or not growth:
+            return slope, _ENDLESS
+        room = c.cache_bytes - self._held_bytes()
+        if room < 0:
+            return slope + c.spill_byte_s * growth, _ENDLESS
+        return slope, int(min(room // growth + 1, _ENDLESS))
 
     def decode_step_s(self) -> float:
         """Seconds of a step without prefill."""
@@ -78,6 +96,10 @@ class StepSums:
             + c.context_token_s * self.context
             + c.token_rank_s * self._token_ranks
         )
+        if c.batch_token_s:
+            seconds += c.batch_token_s * max(self.decoding - c.batch_tokens, 0.0)
+        if c.spill_byte_s:
+            seconds += c.spill_byte_s * max(self._held_bytes() - c.cache_bytes, 0.0)
         distinct = len(self._by_adapter)
         if not distinct:
             return seconds
@@ -113,6 +135,8 @@ class StepSums:
                 top = max(top, rank)
         if self._padded:
             distinct_bytes = distinct * top * self._bytes_per_rank
+        tokens = prefill + self.decoding
+        held = distinct_bytes + c.context_bytes * (self.context + prefill)
         return (
             c.step_s
             + c.prefill_token_s * prefill
@@ -123,4 +147,6 @@ class StepSums:
             + c.token_max_rank_s * lora_tokens * top
             + c.adapter_s * distinct
             + c.adapter_byte_s * distinct_bytes
+            + c.batch_token_s * max(tokens - c.batch_tokens, 0.0)
+            + c.spill_byte_s * max(held - c.cache_bytes, 0.0)
         )

@@ -1,6 +1,7 @@
 """Profiles of an engine: the fit against a known model, and a short sweep of the real engine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from loraserve.demo import MODEL_DIRECTORY
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import CostModel, Slo, StepLoad
 from loraserve.placement.operating_point import LengthMix
-from loraserve.profiler.fit import COEFFICIENTS, Point, evaluate, fit_cost_model
+from loraserve.profiler.fit import COEFFICIENTS, HINGES, Point, evaluate, fit_cost_model
 from loraserve.profiler.profile_engine import ProfileOptions, measure, to_json
 from loraserve.profiler.sweep import Grid, scenarios
 from loraserve.profiles.files import load_profile
@@ -19,7 +20,7 @@ from loraserve.profiles.files import load_profile
 TRUE = CostModel(4e-4, 3e-5, 5e-5, 2e-8, 1e-8, 3e-7, 0.0, 2e-5, 3e-11)
 
 
-def synthetic(count: int, noise: float, seed: int = 0) -> list[Point]:
+def synthetic(count: int, noise: float, seed: int = 0, true: CostModel = TRUE) -> list[Point]:
     rng = np.random.default_rng(seed)
     points = []
     for _ in range(count):
@@ -36,7 +37,7 @@ def synthetic(count: int, noise: float, seed: int = 0) -> list[Point]:
             adapter_bytes=adapters * rank * 30_000,
         )
         if prefill + decode:
-            times = TRUE.seconds(load) * (1 + noise * rng.standard_normal(5))
+            times = true.seconds(load) * (1 + noise * rng.standard_normal(5))
             points.append(Point(load, tuple(float(t) for t in times)))
     return points
 
@@ -53,6 +54,40 @@ def test_the_fit_finds_the_model_that_made_the_points() -> None:
     assert evaluate(noisy, 400, synthetic(100, 0.02, seed=1)).noise_p50 < 0.02
     wrong = CostModel(**(vars(TRUE) | {"decode_token_s": 2 * TRUE.decode_token_s}))
     assert evaluate(wrong, 400, synthetic(100, 0.0, seed=1)).error_p95 > 0.05
+
+
+def test_hinges_are_found_where_the_engine_has_them_and_only_there() -> None:
+    used = [name for name in COEFFICIENTS if name != "token_max_rank_s"]
+    assert fit_cost_model(synthetic(200, 0.01), used).batch_token_s == 0
+    assert fit_cost_model(synthetic(200, 0.01), used).spill_byte_s == 0
+    hinged = replace(
+        TRUE,
+        batch_token_s=4e-5,
+        batch_tokens=16,
+        spill_byte_s=2e-10,
+        cache_bytes=float(4 << 20),
+        context_bytes=2048,
+    )
+    points = synthetic(300, 0.0, true=hinged)
+    found = fit_cost_model(points, used)
+    for name, value in vars(hinged).items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
+    held_out = synthetic(100, 0.0, seed=1, true=hinged)
+    assert evaluate(found, 300, held_out).error_max < 1e-5
+    flat = fit_cost_model(points, [name for name in used if name not in HINGES])
+    assert evaluate(flat, 300, held_out).error_max > 0.1
+
+
+def test_noisy_points_count_less() -> None:
+    """A tenth of the points is three times too slow in every other repeat."""
+    used = [name for name in COEFFICIENTS if name != "token_max_rank_s"]
+    points = [
+        p
+        if i % 10
+        else Point(p.load, tuple(s * (3 if j % 2 else 1) for j, s in enumerate(p.seconds)))
+        for i, p in enumerate(synthetic(300, 0.0))
+    ]
+    assert evaluate(fit_cost_model(points, used), 300, synthetic(100, 0.0, 1)).error_p95 < 0.05
 
 
 def test_too_few_points_are_refused() -> None:

@@ -14,11 +14,11 @@ from loraserve.errors import InvalidArgumentError, NotFoundError
 from loraserve.placement.cost_model import Slo
 from loraserve.placement.policies import DEFAULT_POLICY, POLICIES, policy_named
 from loraserve.placement.types import Placement, PlacementProblem
+from loraserve.profiles.files import load_profile, shipped_profiles
 from loraserve.sim.capacity import load_model
 from loraserve.sim.cluster import Cluster, ClusterSettings, Failure
 from loraserve.sim.host_pool import HostPool, LinkSettings
 from loraserve.sim.metrics import max_over_mean
-from loraserve.profiles.files import load_profile, shipped_profiles
 from loraserve.sim.run import SimulationOptions, simulate
 from loraserve.sim.sequence import AdapterTable
 from loraserve.sim.suite import WorkloadOptions, make_workload

@@ -27,6 +27,15 @@ EXACT = CostModel(
     adapter_s=2**-16,
     adapter_byte_s=2**-24,
 )
+# With both hinges, in the middle of what the tests' steps do.
+HINGED = replace(
+    EXACT,
+    batch_token_s=2**-13,
+    batch_tokens=5,
+    spill_byte_s=2**-21,
+    cache_bytes=1000,
+    context_bytes=2,
+)
 RANKS = (8, 16, 64, 128)
 TABLE = AdapterTable.of(RANKS, bytes_per_rank=4, kv_token_bytes=64)
 
@@ -123,9 +132,11 @@ def plain(profile: Profile, requests: list[Request]) -> list[tuple[int, float, f
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), padded=st.booleans())
-def test_the_same_times_as_step_by_step_with_the_cost_model(seed: int, padded: bool) -> None:
-    cost = replace(EXACT, token_max_rank_s=2**-20 if padded else 0.0)
+@given(seed=st.integers(0, 10**6), padded=st.booleans(), exact=st.sampled_from([EXACT, HINGED]))
+def test_the_same_times_as_step_by_step_with_the_cost_model(
+    seed: int, padded: bool, exact: CostModel
+) -> None:
+    cost = replace(exact, token_max_rank_s=2**-20 if padded else 0.0)
     p = profile(cost=cost, padded=padded)
     work = requests(25, seed)
     # Installing takes no time here, and all at once.
@@ -135,10 +146,14 @@ def test_the_same_times_as_step_by_step_with_the_cost_model(seed: int, padded: b
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), kv=st.sampled_from([0, 400, 700]))
-def test_jumps_equal_single_steps_exactly(seed: int, kv: int) -> None:
+@given(
+    seed=st.integers(0, 10**6),
+    kv=st.sampled_from([0, 400, 700]),
+    cost=st.sampled_from([EXACT, HINGED]),
+)
+def test_jumps_equal_single_steps_exactly(seed: int, kv: int, cost: CostModel) -> None:
     """Also with preemptions, evictions and installs."""
-    p = profile(kv_tokens=kv)
+    p = profile(cost=cost, kv_tokens=kv)
     work = requests(30, seed)
     gaps = [GapHistogram(), GapHistogram()]
     fast = EngineSettings(install_bytes_per_s=2.0**14)
