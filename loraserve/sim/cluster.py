@@ -20,6 +20,7 @@ from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.placement.cost_model import Profile, Slo
 from loraserve.placement.load import LoadModel
 from loraserve.placement.types import AdapterId, AdapterSpec, PlacementPolicy
+from loraserve.profiles.files import kv_token_bytes
 from loraserve.security.identity import DEFAULT_TENANT
 from loraserve.sim.cluster_node import ClusterNode
 from loraserve.sim.control import Command, Control
