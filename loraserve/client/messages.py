@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from loraserve.client.route_table import AdapterRoute, Holder, NodeRoute, RevisionRoute, RouteUpdate
+from loraserve.client.route_table import RouteUpdate
+from loraserve.client.routes import AdapterRoute, Holder, NodeRoute, RankCosts, RevisionRoute
 from loraserve.client.routing import ObservedLoad
 from loraserve.client.types import AdapterInfo, Prompt
 from loraserve.errors import InvalidArgumentError, UnsupportedError
@@ -78,6 +79,8 @@ def load_from_wire(load: common_pb2.NodeLoad) -> ObservedLoad:
         load.queued_prefill_tokens,
         load.free_pages,
         load.total_pages,
+        load.rank_sum,
+        load.max_rank,
     )
 
 
@@ -129,6 +132,9 @@ def update_from_wire(message: controller_pb2.WatchRoutesResponse) -> RouteUpdate
         tuple(_id_from_wire(a) for a in message.removed_adapters),
         tuple(message.removed_node_ids),
         message.more,
+        RankCosts(message.rank_costs.own, message.rank_costs.padded)
+        if message.HasField("rank_costs")
+        else None,
     )
 
 

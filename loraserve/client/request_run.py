@@ -166,7 +166,8 @@ class RequestRun:
         request = self._log.request(self._retry.attempt, left, self._routed_revision())
         router, channels = self._site.router, self._site.channels
         stub = inference_pb2_grpc.InferenceServiceStub(channels.get(node.address))
-        ticket = router.began(node.node_id, self._log.prompt_tokens + len(self._log.token_ids))
+        tokens = self._log.prompt_tokens + len(self._log.token_ids)
+        ticket = router.began(node.node_id, tokens, router.rank_of(self._route))
         try:
             call = stub.Generate(
                 request,

@@ -8,6 +8,7 @@ from loraserve.client.packed_routes import PackedRoutes
 from loraserve.client.routes import AdapterRoute as AdapterRoute
 from loraserve.client.routes import Holder as Holder
 from loraserve.client.routes import NodeRoute as NodeRoute
+from loraserve.client.routes import RankCosts as RankCosts
 from loraserve.client.routes import RevisionRoute as RevisionRoute
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.types import AdapterId
@@ -16,13 +17,15 @@ from loraserve.security.identity import DEFAULT_TENANT
 
 @dataclass(frozen=True)
 class RouteTable:
-    """Immutable. `every_node`: no placement is known, any node may hold any adapter."""
+    """Immutable. `every_node`: no placement is known, any node may hold any adapter. `rank_costs`:
+    placement leaves it to routing which ranks meet on a node (the policy `request_level`)."""
 
     epoch: int = 0
     version: int = 0
     adapters: Mapping[AdapterId, AdapterRoute] = field(default_factory=PackedRoutes)
     nodes: Mapping[str, NodeRoute] = field(default_factory=dict)
     every_node: bool = False
+    rank_costs: RankCosts | None = None
 
     @cached_property
     def packed(self) -> PackedRoutes:
@@ -67,6 +70,7 @@ class RouteUpdate:
     removed_adapters: tuple[AdapterId, ...] = ()
     removed_nodes: tuple[str, ...] = ()
     more: bool = False
+    rank_costs: RankCosts | None = None
 
 
 def updated(table: RouteTable, update: RouteUpdate) -> RouteTable:
@@ -77,7 +81,8 @@ def updated(table: RouteTable, update: RouteUpdate) -> RouteTable:
         nodes.pop(node_id, None)
     nodes.update((node.node_id, node) for node in update.nodes)
     adapters = adapters.changed(update.adapters, update.removed_adapters)
-    return RouteTable(update.epoch, update.version, adapters, nodes)
+    costs = update.rank_costs or (None if update.full else table.rank_costs)
+    return RouteTable(update.epoch, update.version, adapters, nodes, rank_costs=costs)
 
 
 class RouteBook:

@@ -38,6 +38,15 @@ class AdapterRoute:
 
 
 @dataclass(frozen=True)
+class RankCosts:
+    """What ranks cost in an engine step, in decode tokens of the base model: of a request for each
+    unit of its `own` rank; and of every request for each unit of the batch's largest (`padded`)."""
+
+    own: float = 0.0
+    padded: float = 0.0
+
+
+@dataclass(frozen=True)
 class NodeRoute:
     node_id: str
     address: str

@@ -33,6 +33,8 @@ class ObservedLoad:
     queued_prefill_tokens: int = 0
     free_pages: int = 0
     total_pages: int = 0
+    rank_sum: int = 0
+    max_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class _NodeView:
     incarnation: int
     load: ObservedLoad = field(default_factory=ObservedLoad)
     observed_at: float = float("-inf")
-    # Own requests that run there: when they were sent and their prompt tokens.
-    own: dict[int, tuple[float, int]] = field(default_factory=dict)
+    # Own requests that run there: when they were sent, their prompt tokens and rank.
+    own: dict[int, tuple[float, int, int]] = field(default_factory=dict)
     failures: int = 0
     failed_until: float = float("-inf")
     # The last request that was sent before the last failure.
@@ -69,8 +71,13 @@ class Router:
     the first drawn where both have none, so that idle nodes share by weight. Comparing two instead
     of taking the best of all keeps many clients with the same stale view from all running to one
     node.
+
+    Where the table has `rank_costs`, every adapter is nearly everywhere and only routing decides
+    which ranks meet: then RANK_CHOICES are drawn, and the work ahead is the predicted cost of the
+    node's step with the request in it, from the ranks that the node reported and the own requests'.
     """
 
+    RANK_CHOICES = 8
     LOAD_HALF_LIFE_S = 2.0
     """An observed load is believed less the older it is: a node that once was busy, and is not
     asked any more for it, must become a choice again."""
@@ -105,12 +112,21 @@ class Router:
 
     # What requests report
 
-    def began(self, node_id: str, prompt_tokens: int) -> int:
+    def rank_of(self, request: RouteRequest) -> int:
+        """Of the adapter; 0 where the table does not tell. Raises InvalidArgumentError where the
+        base must be named."""
+        if request.adapter is None:
+            return 0
+        found = self.table.find(request.base, request.adapter)
+        route = found.of(request.revision) if found else None
+        return route.max_rank if route else 0
+
+    def began(self, node_id: str, prompt_tokens: int, rank: int = 0) -> int:
         """A request was sent to the node; the ticket that `ended` takes."""
         self._tickets += 1
         view = self._views.get(node_id)
         if view is not None:
-            view.own[self._tickets] = (self._clock(), prompt_tokens)
+            view.own[self._tickets] = (self._clock(), prompt_tokens, rank)
         return self._tickets
 
     def ended(self, node_id: str, ticket: int) -> None:
@@ -154,32 +170,16 @@ class Router:
         Raises InvalidArgumentError where the base must be named."""
         if request.adapter is not None and not self.table.every_node:
             route = self.table.find(request.base, request.adapter)
-            return bool(route and self._holders(route.of(request.revision), self._open(request)))
-        return bool(self._open(request))
-
-    def _open(self, request: RouteRequest) -> set[str]:
-        return {
-            node.node_id
-            for node in self.table.nodes.values()
-            if not node.draining and node.node_id not in request.avoid
-        }
+            return bool(route and self._holders(route.of(request.revision), request, ""))
+        return bool(self._anywhere(request, ""))
 
     def pick(self, request: RouteRequest) -> NodeRoute | None:
         """The node for the request, None where there is none.
 
         Healthy holders first, then healthy nodes that would have to load the adapter, then nodes
-        that failed lately. Raises InvalidArgumentError where the base must be named.
+        that failed lately. Costs O(holders) as long as one of them is healthy. Raises
+        InvalidArgumentError where the base must be named.
         """
-        holders, others, size = self._candidates(request)
-        healthy = [h for h in holders if self._healthy(h.node_id)]
-        healthy_others = [h for h in others if self._healthy(h.node_id)]
-        for group in (healthy, healthy_others, holders, others):
-            if group:
-                return self.table.nodes[self._better_of_two(group, size)]
-        return None
-
-    def _candidates(self, request: RouteRequest) -> tuple[list[Holder], list[Holder], int]:
-        """Holders, other nodes of the base, and the adapter's bytes."""
         base, route = request.base, None
         if request.adapter is not None:
             found = self.table.find(base, request.adapter)
@@ -187,20 +187,36 @@ class Router:
                 base, route = found.adapter.base, found.of(request.revision)
         if not base:
             self._check_one_base(request)
-        usable = {
-            node_id
-            for node_id in self._open(request)
-            if not base or self.table.nodes[node_id].base in ("", base)
-        }
-        anywhere = [
-            Holder(node_id, 1, common_pb2.RESIDENCY_STATE_UNSPECIFIED) for node_id in sorted(usable)
-        ]
-        if request.adapter is None or self.table.every_node:
-            return anywhere, [], 0
-        holders = self._holders(route, usable)
+        size, rank = (route.size_bytes, route.max_rank) if route else (0, 0)
+        placed = request.adapter is not None and not self.table.every_node
+        holders = self._holders(route, request, base) if placed else self._anywhere(request, base)
+        healthy = [h for h in holders if self._healthy(h.node_id)]
+        if healthy:
+            return self.table.nodes[self._best_of_some(healthy, size, rank)]
         held = {h.node_id for h in holders}
-        others = [h for h in anywhere if h.node_id not in held] if request.spill else []
-        return holders, others, route.size_bytes if route else 0
+        others = self._anywhere(request, base) if placed and request.spill else []
+        others = [h for h in others if h.node_id not in held]
+        healthy_others = [h for h in others if self._healthy(h.node_id)]
+        for group in (healthy_others, holders, others):
+            if group:
+                return self.table.nodes[self._best_of_some(group, size, rank)]
+        return None
+
+    def _usable(self, node: NodeRoute | None, request: RouteRequest, base: str) -> bool:
+        return (
+            node is not None
+            and not node.draining
+            and node.node_id not in request.avoid
+            and (not base or node.base in ("", base))
+        )
+
+    def _anywhere(self, request: RouteRequest, base: str) -> list[Holder]:
+        """Every node that might serve the request, by id."""
+        return [
+            Holder(node_id, 1, common_pb2.RESIDENCY_STATE_UNSPECIFIED)
+            for node_id, node in sorted(self.table.nodes.items())
+            if self._usable(node, request, base)
+        ]
 
     def _check_one_base(self, request: RouteRequest) -> None:
         """Any node would do, and its answer would be that of whatever base it serves."""
@@ -211,14 +227,18 @@ class Router:
                 "base", f"must be named{unknown}; nodes serve {', '.join(sorted(bases))}"
             )
 
-    @staticmethod
-    def _holders(route: RevisionRoute | None, usable: set[str]) -> list[Holder]:
+    def _holders(
+        self, route: RevisionRoute | None, request: RouteRequest, base: str
+    ) -> list[Holder]:
         if route is None:
             return []
+        nodes = self.table.nodes
         return [
             h
             for h in route.holders
-            if h.node_id in usable and h.weight > 0 and h.state not in _REFUSING
+            if h.weight > 0
+            and h.state not in _REFUSING
+            and self._usable(nodes.get(h.node_id), request, base)
         ]
 
     def _healthy(self, node_id: str) -> bool:
@@ -233,24 +253,34 @@ class Router:
                 return index
         return len(holders) - 1
 
-    def _better_of_two(self, group: Sequence[Holder], size_bytes: int) -> str:
-        first = self._draw(group)
-        rest = [*group[:first], *group[first + 1 :]]
-        if not rest:
-            return group[first].node_id
-        pair = (group[first], rest[self._draw(rest)])
+    def _best_of_some(self, group: Sequence[Holder], size_bytes: int, rank: int) -> str:
+        rest, drawn = list(group), []
+        for _ in range(self.RANK_CHOICES if self.table.rank_costs else 2):
+            if rest:
+                drawn.append(rest.pop(self._draw(rest)))
+        if len(drawn) == 1:
+            return drawn[0].node_id
         # Ties go to the first draw.
-        return min(pair, key=lambda h: self.cost(h, size_bytes) / h.weight).node_id
+        return min(drawn, key=lambda h: self.cost(h, size_bytes, rank) / h.weight).node_id
 
-    def cost(self, holder: Holder, size_bytes: int = 0) -> float:
-        """What is ahead of a new request on the node, in prompt tokens; 0 where it is idle."""
+    def cost(self, holder: Holder, size_bytes: int = 0, rank: int = 0) -> float:
+        """What is ahead of a new request on the node, in prompt tokens; 0 where it is idle. `rank`:
+        of the request, which counts where the table has `rank_costs`."""
         w, view, now = self._weights, self._views[holder.node_id], self._clock()
         load = view.load
         trust: float = 0.5 ** ((now - view.observed_at) / self.LOAD_HALF_LIFE_S)
-        unseen = [tokens for sent, tokens in view.own.values() if sent >= view.observed_at]
-        cost = trust * load.queued_prefill_tokens + sum(unseen)
+        unseen = [own for own in view.own.values() if own[0] >= view.observed_at]
+        cost = trust * load.queued_prefill_tokens + sum(tokens for _, tokens, _ in unseen)
         running = max(trust * load.running_requests + len(unseen), len(view.own))
         cost += w.running_request * running + w.queued_request * trust * load.queued_requests
+        costs = self.table.rank_costs
+        if costs is not None:
+            ranks = [r for _, _, r in unseen]
+            largest = max(trust * load.max_rank, *ranks, 0)
+            # What the request's rank makes of the steps of all that run there, and of its own.
+            padded = (running + 1) * max(largest, rank)
+            own = trust * load.rank_sum + sum(ranks)
+            cost += w.running_request * (costs.own * own + costs.padded * padded)
         if load.total_pages:
             free = load.free_pages / load.total_pages
             cost += w.pages_full * trust * max(0.0, 1.0 - 10.0 * free)

@@ -36,9 +36,16 @@ _log = logging.getLogger(__name__)
 
 
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
-    def __init__(self, runtime: Runtime, metrics: ControllerMetrics) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        metrics: ControllerMetrics,
+        rank_costs: controller_pb2.RankCosts | None = None,
+    ) -> None:
+        """`rank_costs`: for clients that are to choose between nodes by ranks."""
         self._runtime = runtime
         self._metrics = metrics
+        self._rank_costs = rank_costs
 
     @typed_errors
     async def RegisterNode(
@@ -144,7 +151,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         known = (request.known_epoch, request.known_version)
         first = True
         async for changes in self._runtime.route_changes(known):
-            for message in messages(changes, visible, request.base, first):
+            for message in messages(changes, visible, request.base, first, self._rank_costs):
                 yield message
             first = False
 

@@ -19,7 +19,11 @@ def sees(identity: Identity, base: str) -> Sees:
 
 
 def messages(
-    changes: RouteChanges, visible: Sees, base: str, first: bool
+    changes: RouteChanges,
+    visible: Sees,
+    base: str,
+    first: bool,
+    rank_costs: controller_pb2.RankCosts | None = None,
 ) -> Iterator[controller_pb2.WatchRoutesResponse]:
     """None where the caller sees nothing of the change, unless it is its `first` answer."""
     table, changed = changes.table, changes.changed
@@ -29,6 +33,8 @@ def messages(
     nodes = [table.nodes[i] for i in touched if i in table.nodes]
     nodes = [node for node in nodes if not base or node.base == base]
     head = controller_pb2.WatchRoutesResponse(epoch=table.epoch, version=table.version, full=whole)
+    if rank_costs is not None:
+        head.rank_costs.CopyFrom(rank_costs)
     head.removed_node_ids.extend(i for i in touched if i not in table.nodes)
     mine: Iterable[AdapterId] = filter(visible, adapters)
     gone: list[AdapterId] = []

@@ -26,7 +26,7 @@ from loraserve.controller.state import Settings
 from loraserve.controller.store import SqliteStore
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.load import LoadModel, default_load_model
-from loraserve.placement.policies import DEFAULT_POLICY, policy_named
+from loraserve.placement.policies import DEFAULT_POLICY, policy_named, routed_by_rank
 from loraserve.security import TlsFiles, authenticator, server_credentials
 from loraserve.serving import Health, MetricsServer, serve_metrics
 from loraserve.v1 import adapter_pb2, adapter_pb2_grpc, controller_pb2, controller_pb2_grpc
@@ -134,8 +134,12 @@ class ControllerServer:
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterServicer(self.runtime, registry, self._admission, self._blobs), self._server
         )
+        costs = None
+        if routed_by_rank(options.policy):
+            own, padded = default_load_model().profile.cost.per_rank()
+            costs = controller_pb2.RankCosts(own=own, padded=padded)
         controller_pb2_grpc.add_ControllerServiceServicer_to_server(
-            ControllerServicer(self.runtime, self.metrics), self._server
+            ControllerServicer(self.runtime, self.metrics, costs), self._server
         )
         self._health = Health(SERVICES)
         await self._health.tell(serving=False)

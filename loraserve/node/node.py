@@ -94,6 +94,7 @@ class Node:
 
     def _observe(self) -> common_pb2.NodeLoad:
         stats = self.engine.stats()
+        rank_sum, max_rank = self.requests.ranks()
         load = common_pb2.NodeLoad(
             running_requests=stats.running,
             queued_requests=max(0, len(self.requests) - stats.running),
@@ -106,6 +107,8 @@ class Node:
             ttft_seconds_sum=self.metrics.ttft_seconds_sum,
             tbt_count=self.metrics.tbt_count,
             tbt_seconds_sum=self.metrics.tbt_seconds_sum,
+            rank_sum=rank_sum,
+            max_rank=max_rank,
         )
         load.observed_time.GetCurrentTime()
         return load

@@ -21,6 +21,7 @@ class LiveRequest:
         self.request_id = request_id
         self.attempt = attempt
         self.queued_prefill_tokens = 0
+        self.rank = 0
         self.abort: Callable[[], None] | None = None
         self.task: asyncio.Task[None] | None = None
         self.cut_off = False
@@ -91,6 +92,11 @@ class LiveRequests:
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens of requests that have brought no token yet."""
         return sum(request.queued_prefill_tokens for request in self._live.values())
+
+    def ranks(self) -> tuple[int, int]:
+        """Of the adapters of all requests: the sum, and the largest."""
+        ranks = [request.rank for request in (*self._live.values(), *self._replaced)]
+        return sum(ranks), max(ranks, default=0)
 
     def add(self, tenant: str, request_id: str, attempt: int) -> LiveRequest:
         """Takes a request; a higher attempt ends the one that runs, whose client is gone.

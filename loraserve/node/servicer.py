@@ -79,6 +79,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             live.queued_prefill_tokens = len(prompt_ids) + request.start_index
             if adapter is not None:
                 held = await _acquire(node, adapter, request.adapter, live, deadline_s)
+                live.rank = held.spec.max_rank
             left_s = _left(live, deadline_s)
             answer = Answer(node, request, params, len(prompt_ids), held, arrival_s)
             stream = node.engine.submit(

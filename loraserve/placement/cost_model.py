@@ -88,6 +88,12 @@ class CostModel:
             spill_byte_s=0.0,
         )
 
+    def per_rank(self) -> tuple[float, float]:
+        """What a unit of rank costs a decoding sequence beside the sequence itself: of its own
+        rank, and of the largest in its batch."""
+        token_s = max(self.decode_token_s, 1e-12)
+        return self.token_rank_s / token_s, self.token_max_rank_s / token_s
+
 
 @dataclass(frozen=True)
 class Slo:

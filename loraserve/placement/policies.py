@@ -42,6 +42,12 @@ POLICIES: Mapping[str, PlacementPolicy] = {
 }
 
 
+def routed_by_rank(name: str) -> bool:
+    """Whether the policy leaves it to routing which ranks meet on a node, so that clients are to
+    choose by ranks."""
+    return name == "request_level"
+
+
 def policy_named(name: str) -> PlacementPolicy:
     """Raises InvalidArgumentError that lists the names."""
     return _named(name, POLICIES)

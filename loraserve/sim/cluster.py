@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loraserve.client.retry import TRANSPORT_FIELD, RetryBudget, RetryPolicy, RetryState
-from loraserve.client.route_table import RouteTable
+from loraserve.client.route_table import RankCosts, RouteTable
 from loraserve.client.routing import Router, RouteRequest
 from loraserve.controller.events import Residency, SendDrop, SendLoad
 from loraserve.controller.state import Settings
@@ -20,7 +20,6 @@ from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.placement.cost_model import Profile, Slo
 from loraserve.placement.load import LoadModel
 from loraserve.placement.types import AdapterId, AdapterSpec, PlacementPolicy
-from loraserve.profiles.files import kv_token_bytes
 from loraserve.security.identity import DEFAULT_TENANT
 from loraserve.sim.cluster_node import ClusterNode
 from loraserve.sim.control import Command, Control
@@ -77,8 +76,10 @@ class Cluster:
         policy: PlacementPolicy,
         load: LoadModel,
         settings: ClusterSettings,
+        by_rank: bool = False,
     ) -> None:
-        """`load` is what the controller believes; the engines follow `profile`."""
+        """`load` is what the controller believes; the engines follow `profile`. `by_rank`: the
+        clients choose between nodes by ranks too, and know what ranks cost on the engine."""
         if settings.nodes < 1:
             raise InvalidArgumentError("nodes", f"{settings.nodes} is not at least 1")
         if settings.clients < 1:
@@ -114,6 +115,7 @@ class Cluster:
             self._specs,
             self._send,
             self._publish,
+            RankCosts(*profile.cost.per_rank()) if by_rank else None,
         )
         rng = random.Random(settings.seed)
         self._routers = [
@@ -205,7 +207,8 @@ class Cluster:
             self._push(self.now_s + self._settings.retry_s, _ARRIVAL, self._route, sequence)
             return
         node = self._by_id[chosen.node_id]
-        sequence.ticket = router.began(node.node_id, sequence.tokens)
+        rank = self._workload.ranks[sequence.adapter]
+        sequence.ticket = router.began(node.node_id, sequence.tokens, rank)
         self._push(self.now_s + self._settings.network_s, _ARRIVAL, self._reach, (node, sequence))
 
     def _reach(self, argument: tuple[ClusterNode, SimSequence]) -> None:
@@ -235,6 +238,7 @@ class Cluster:
             self._routers[sequence.router].ended(node.node_id, sequence.ticket)
             self._lose(sequence)
             return
+        node.takes(self._workload.ranks[sequence.adapter])
         self._schedule(node)
 
     def _retry(self, node: ClusterNode, sequence: SimSequence) -> None:
@@ -270,6 +274,7 @@ class Cluster:
 
     def _finish(self, node: ClusterNode, sequence: SimSequence) -> None:
         node.count_decode(sequence)
+        node.gives_back(self._workload.ranks[sequence.adapter])
         if node.pool.unuse(sequence.adapter):
             node.engine.memory.uninstall(sequence.adapter)
             self._wake(node)

@@ -38,6 +38,8 @@ class ClusterNode:
         self._specs = specs
         self._prefill: dict[int, int] = {}
         self._decode: dict[int, int] = {}
+        # Of requests that the engine has, how many of each rank.
+        self._ranks: dict[int, int] = {}
         self._copies: tuple[Copy, ...] = ()
         self._copies_of = -1
 
@@ -109,13 +111,26 @@ class ClusterNode:
             engine.pending_prefill_tokens,
             max(0, engine.memory.reachable) // _PAGE_TOKENS,
             engine.memory.capacity // _PAGE_TOKENS,
+            sum(rank * count for rank, count in self._ranks.items()),
+            max(self._ranks, default=0),
         )
+
+    def takes(self, rank: int) -> None:
+        """A request of an adapter of the rank is here from now on."""
+        self._ranks[rank] = self._ranks.get(rank, 0) + 1
+
+    def gives_back(self, rank: int) -> None:
+        """One has ended."""
+        self._ranks[rank] -= 1
+        if not self._ranks[rank]:
+            del self._ranks[rank]
 
     def crash(self, now_s: float) -> list[SimSequence]:
         """Everything is lost; the requests that were here."""
         self.alive = False
         lost = self.engine.crash(now_s) + self.pool.lose_everything()
         self._prefill, self._decode = {}, {}
+        self._ranks.clear()
         self._copies_of = -1
         self.failed_commands, self.applied_command = [], 0
         return lost

@@ -22,7 +22,9 @@ from loraserve.sim.cluster_node import ClusterNode
 Command = SendLoad | SendDrop
 
 
-def client_table(table: RouteTable) -> client_routes.RouteTable:
+def client_table(
+    table: RouteTable, rank_costs: client_routes.RankCosts | None = None
+) -> client_routes.RouteTable:
     """What the wire makes of the controller's table at a client."""
     return client_routes.RouteTable(
         table.epoch,
@@ -53,6 +55,7 @@ def client_table(table: RouteTable) -> client_routes.RouteTable:
             )
             for node_id, n in table.nodes.items()
         },
+        rank_costs=rank_costs,
     )
 
 
@@ -67,7 +70,9 @@ class Control:
         specs: Sequence[AdapterSpec],
         send: Callable[[Command], None],
         publish: Callable[[client_routes.RouteTable], None],
+        rank_costs: client_routes.RankCosts | None = None,
     ) -> None:
+        self._rank_costs = rank_costs
         self.settings = settings
         self.commands = 0
         self._state = ControllerState(settings, policy, 1, [(spec,) for spec in specs], load=load)
@@ -84,7 +89,7 @@ class Control:
             elif isinstance(effect, PublishRoutes):
                 published = True
         if published:
-            self._publish(client_table(self._state.routes))
+            self._publish(client_table(self._state.routes, self._rank_costs))
         return effects
 
     def register(self, node: ClusterNode) -> None:

@@ -7,7 +7,7 @@ from loraserve.controller.state import Settings
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import Profile, Slo
 from loraserve.placement.operating_point import LengthMix
-from loraserve.placement.policies import DEFAULT_POLICY, policy_named
+from loraserve.placement.policies import DEFAULT_POLICY, policy_named, routed_by_rank
 from loraserve.profiles.files import DEFAULT_PROFILE, load_profile
 from loraserve.sim.capacity import load_model, node_rate
 from loraserve.sim.cluster import Cluster, ClusterSettings, Failure
@@ -144,4 +144,6 @@ def make_cluster(options: SimulationOptions, profile: Profile, workload: Workloa
         seed=options.seed,
     )
     load = load_model(profile, options.slo, workload, options.nodes)
-    return Cluster(workload, profile, policy_named(options.policy), load, settings)
+    policy = policy_named(options.policy)
+    by_rank = routed_by_rank(options.policy)
+    return Cluster(workload, profile, policy, load, settings, by_rank)
