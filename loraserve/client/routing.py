@@ -38,13 +38,15 @@ class ObservedLoad:
 @dataclass(frozen=True)
 class RouteRequest:
     """Nodes to `avoid` failed this very request. `spill`: a node that does not hold the adapter
-    may be asked to load it, where no holder is left."""
+    may be asked to load it, where no holder is left. `hinted`: holders by the word of a node, which
+    may know more than the table."""
 
     base: str = ""
     adapter: str | None = None
     revision: str | None = None
     avoid: frozenset[str] = frozenset()
     spill: bool = True
+    hinted: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -153,8 +155,9 @@ class Router:
 
         Raises InvalidArgumentError where the base must be named."""
         if request.adapter is not None and not self.table.every_node:
-            route = self.table.find(request.base, request.adapter)
-            return bool(route and self._holders(route.of(request.revision), self._open(request)))
+            route, nodes = self.table.find(request.base, request.adapter), self._open(request)
+            routed = route and self._holders(route.of(request.revision), nodes)
+            return bool(routed or request.hinted & nodes)
         return bool(self._open(request))
 
     def _open(self, request: RouteRequest) -> set[str]:
@@ -198,9 +201,20 @@ class Router:
         if request.adapter is None or self.table.every_node:
             return anywhere, [], 0
         holders = self._holders(route, usable)
+        named = {h.node_id for h in holders}
+        holders += [h for h in anywhere if h.node_id in request.hinted - named]
         held = {h.node_id for h in holders}
         others = [h for h in anywhere if h.node_id not in held] if request.spill else []
         return holders, others, route.size_bytes if route else 0
+
+    def routed(self, request: RouteRequest, node_id: str) -> bool:
+        """Whether the table, or a hint, names the node as a holder of the adapter."""
+        if request.adapter is None or self.table.every_node:
+            return False
+        found = self.table.find(request.base, request.adapter)
+        route = found.of(request.revision) if found else None
+        named = {h.node_id for h in route.holders} if route else set()
+        return node_id in named | request.hinted
 
     def _check_one_base(self, request: RouteRequest) -> None:
         """Any node would do, and its answer would be that of whatever base it serves."""

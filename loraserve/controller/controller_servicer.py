@@ -90,7 +90,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                 everything, link.send_everything = link.send_everything, False
                 yield controller_pb2.HeartbeatResponse(
                     epoch=self._runtime.state.epoch,
-                    commands=[command_to_wire(c) for c in commands],
+                    commands=[command_to_wire(c, self._runtime.state.routes) for c in commands],
                     must_register=link.must_register,
                     send_full_residency=everything,
                 )

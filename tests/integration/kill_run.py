@@ -55,14 +55,21 @@ def cases(count: int, max_tokens: int) -> list[Case]:
 @dataclass(frozen=True)
 class Gap:
     """Between the last chunk of one attempt and the first of the next, in seconds: until the
-    request was sent again, and from there to its first token, which is queue and prefill."""
+    request was sent again, and from there to its first token. `queue` and `prefill` are parts of
+    that, as the node tells them: until a step ran the request, and from there."""
 
     until_sent: float
     to_first_token: float
+    queue: float
+    prefill: float
 
     @property
     def whole(self) -> float:
         return self.until_sent + self.to_first_token
+
+    @property
+    def beyond_prefill(self) -> float:
+        return self.whole - self.prefill
 
 
 @dataclass
@@ -112,9 +119,7 @@ class KillRun:
         """What every case is to be answered with. The second round has caches and clocks warm."""
         for _ in range(2):
             self.report = Report()
-            self._expected = list(
-                await asyncio.gather(*map(self._answer, range(len(self._asked))))
-            )
+            self._expected = list(await asyncio.gather(*map(self._answer, range(len(self._asked)))))
         assert {c.attempts for c in self._expected} == {1}
         assert self.report.lost == self.report.doubled == 0
 
@@ -125,9 +130,7 @@ class KillRun:
         killing = asyncio.create_task(self._kill(kills, random.Random(seed)))
         try:
             # A stream that fails ends the run; otherwise they go on until the last node is back.
-            done, _ = await asyncio.wait(
-                [killing, *streams], return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait([killing, *streams], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
             self._over = True
@@ -158,7 +161,9 @@ class KillRun:
                 if not have and chunk.attempt == 0:
                     report.first_tokens.append(now - begin)
                 if have and chunk.attempt > attempt:
-                    report.gaps.append(Gap(sent - last, now - sent))
+                    report.gaps.append(
+                        Gap(sent - last, now - sent, chunk.queue_time_s, chunk.prefill_time_s)
+                    )
                 report.lost += max(0, chunk.first_index - have)
                 report.doubled += max(0, have - chunk.first_index)
                 have = chunk.first_index + len(chunk.token_ids)
@@ -199,8 +204,7 @@ class KillRun:
         table = self._client.routes
         routes = [table.find("", adapter) for adapter in ADAPTERS]
         return all(
-            route is not None
-            and any(h.node_id == name for r in route.revisions for h in r.holders)
+            route is not None and any(h.node_id == name for r in route.revisions for h in r.holders)
             for route in routes
         ) and self._is_new(name)
 
