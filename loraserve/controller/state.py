@@ -210,7 +210,7 @@ class ControllerState:
                 f"{heard_epoch}, and this controller's is {self.epoch}: another one's?",
             )
         known = self.nodes.get(record.node_id)
-        returns = known is not None and known.unlinked_tick is not None
+        returns = known is not None and not known.heard
         again = known is not None and known.record == record
         replaced = self._members.register(record, self._tick)
         node_id = record.node_id
@@ -276,6 +276,8 @@ class ControllerState:
     def _advance(self) -> list[Effect]:
         self._tick += 1
         settings = self._settings
+        for node in self._members.fall_quiet(self._tick, settings.quiet_ticks):
+            self._dirty |= node.revisions.keys()
         lost = self._members.expire(self._tick, settings.silent_ticks, settings.unlinked_ticks)
         for node in lost:
             node_id = node.record.node_id
