@@ -308,14 +308,15 @@ class ControllerState:
     def _settle(self, spec: AdapterSpec) -> None:
         """A home for what is new."""
         self._dirty.add(spec.adapter)
-        if self._settling():
+        if self.settling:
             self._planner.request(self._tick)
             return
         forbidden = self._failures.forbidden_for(spec.adapter)
         if self._planner.settle_one(spec, self._usable(), forbidden):
             self._unsaved.add(spec.adapter)
 
-    def _settling(self) -> bool:
+    @property
+    def settling(self) -> bool:
         """Whether the stored placement still waits for its nodes."""
         if self._tick >= self._settings.settle_ticks:
             return False
@@ -358,7 +359,7 @@ class ControllerState:
 
     def _reconcile(self) -> list[Effect]:
         effects: list[Effect] = []
-        if self._planner.due(self._tick) and not self._settling():
+        if self._planner.due(self._tick) and not self.settling:
             effects += self._place()
         if not self._dirty and not self._dirty_nodes:
             return effects

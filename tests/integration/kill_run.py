@@ -56,7 +56,7 @@ def cases(count: int, max_tokens: int) -> list[Case]:
 class Gap:
     """Between the last chunk of one attempt and the first of the next, in seconds: until the
     request was sent again, and from there to its first token. `queue` and `prefill` are parts of
-    that, as the node tells them: until a step ran the request, and from there."""
+    that, as the node tells them: until a step ran the request, and from there to the token."""
 
     until_sent: float
     to_first_token: float
@@ -86,6 +86,7 @@ class Report:
     first_tokens: list[float] = field(default_factory=list)
     answer_times: list[float] = field(default_factory=list)
     attempts: dict[int, int] = field(default_factory=dict)
+    exit_times: list[float] = field(default_factory=list)
     back_times: list[float] = field(default_factory=list)
 
 
@@ -194,6 +195,7 @@ class KillRun:
         process.kill()
         began = time.monotonic()
         await asyncio.to_thread(process.wait)
+        self.report.exit_times.append(time.monotonic() - began)
         self.report.kills += 1
         await self._cluster.ready(self._cluster.spawn_node(name))
         while not self._holds_everything(name):
