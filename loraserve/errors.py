@@ -96,6 +96,27 @@ class UnavailableError(LoraServeError):
     reason = "UNAVAILABLE"
 
 
+class StaleRouteError(UnavailableError):
+    """The node does not hold the adapter, though routes named it; nothing was begun.
+
+    `holders`: ids of nodes that held it when it went, as far as the node knows. `version`: (epoch,
+    version) of routes that do not name the node any more; (0, 0) where it does not know.
+    """
+
+    reason = "STALE_ROUTE"
+
+    def __init__(
+        self,
+        field: str,
+        message: str,
+        holders: tuple[str, ...] = (),
+        version: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__(field, message)
+        self.holders = holders
+        self.version = version
+
+
 class DeadlineExceededError(LoraServeError):
     """The request's deadline passed before its end."""
 

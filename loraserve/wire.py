@@ -65,7 +65,7 @@ def channel_options(
         ("grpc.enable_http_proxy", 0),
         # Reconnect soon: routes, not back-off, keep load off a node in trouble.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 2000),
+        ("grpc.max_reconnect_backoff_ms", 1000),
     ]
 
 

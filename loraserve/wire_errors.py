@@ -4,7 +4,7 @@ the server raised."""
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
@@ -17,7 +17,7 @@ from google.rpc import (  # type: ignore[import-untyped]
 )
 
 from loraserve import errors
-from loraserve.errors import LoraServeError, ResourceExhaustedError
+from loraserve.errors import LoraServeError, ResourceExhaustedError, StaleRouteError
 from loraserve.v1 import common_pb2
 
 DOMAIN = "loraserve"
@@ -53,6 +53,19 @@ def _message(error: LoraServeError) -> str:
     return error.message[:MAX_MESSAGE_CHARACTERS]
 
 
+def _route_facts(error: StaleRouteError) -> dict[str, str]:
+    epoch, version = error.version
+    return {"holders": ",".join(error.holders), "routes": f"{epoch}.{version}"}
+
+
+def _stale_route(field: str, message: str, facts: Mapping[str, str]) -> StaleRouteError:
+    """A peer that gives no sense gives no holders."""
+    holders = tuple(filter(None, facts.get("holders", "").split(",")))
+    epoch, _, version = facts.get("routes", "").partition(".")
+    known = epoch.isdecimal() and version.isdecimal()
+    return StaleRouteError(field, message, holders, (int(epoch), int(version)) if known else (0, 0))
+
+
 def to_status(error: LoraServeError) -> status_pb2.Status:
     """The google.rpc.Status that carries the error."""
     info = error_details_pb2.ErrorInfo(
@@ -61,6 +74,8 @@ def to_status(error: LoraServeError) -> status_pb2.Status:
     status = status_pb2.Status(
         code=code_pb2.Code.Value(error.code), message=f"{error.field}: {_message(error)}"
     )
+    if isinstance(error, StaleRouteError):
+        info.metadata.update(_route_facts(error))
     status.details.add().Pack(info)
     if isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
@@ -98,15 +113,19 @@ def from_rpc_error(error: grpc.RpcError) -> LoraServeError:
     code: str = cast(Any, error).code().name
     message: str = cast(Any, error).details() or ""
     field, reason, retry_after_s = "rpc", "", None
+    facts: Mapping[str, str] = {}
     status = _details_of(error)
     for detail in status.details if status else ():
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
             field, reason = info.metadata.get("field", field), info.reason
+            facts = info.metadata
         elif detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
     if reason:
         message = message.removeprefix(f"{field}: ")
+    if reason == StaleRouteError.reason:
+        return _stale_route(field, message, facts)
     return _rebuild(code, reason, field, message, retry_after_s)
 
 

@@ -20,6 +20,7 @@ from loraserve.errors import (
     LoraServeError,
     NotFoundError,
     ResourceExhaustedError,
+    StaleRouteError,
     UnavailableError,
 )
 from loraserve.v1 import inference_pb2_grpc
@@ -28,6 +29,9 @@ from loraserve.v1 import inference_pb2_grpc
 # another node to load it.
 HOLDER_WAIT_S = 2.0
 FIRST_TABLE_WAIT_S = 3.0
+# How long a request that a node has turned away waits for newer routes, before another node is
+# asked to load the adapter.
+NEWER_ROUTES_WAIT_S = 2.0
 LONGEST_TIMEOUT_S = 30 * 24 * 3600.0
 # What the deadline leaves to the node's own error before the RPC's ends the call.
 DEADLINE_GRACE_S = 0.25
@@ -67,6 +71,10 @@ class RequestRun:
         self._retry = RetryState(site.policy, site.budget)
         self._avoid: set[str] = set()
         self._trusts_table = True
+        # Nodes that turned the request away, with the revision that they do not hold.
+        self._stale: dict[str, str | None] = {}
+        self._hinted: frozenset[str] = frozenset()
+        self._hint_version = (0, 0)
 
     @property
     def attempts(self) -> int:
@@ -113,22 +121,40 @@ class RequestRun:
         site, watch = self._site, self._site.watch
         if watch is not None:
             await watch.first_table(min(self._left() or FIRST_TABLE_WAIT_S, FIRST_TABLE_WAIT_S))
-        route = RouteRequest(
-            self._log.base,
-            self._route.adapter,
-            self._log.revision,
-            frozenset(self._avoid),
-        )
+        route = self._route_now()
         if watch is not None and not self._log.started and not self._avoid:
             await self._wait_for_holder(watch, route)
         node = site.router.pick(route)
-        if node is None and self._avoid:
-            # Nobody else is there: the only node may have recovered.
+        if node is None and route.avoid:
+            # Nobody else is there: the only node may have recovered, or load the adapter again.
             self._avoid.clear()
             node = site.router.pick(replace(route, avoid=frozenset()))
         if node is None:
             raise self._no_node(route)
         return node
+
+    def _route_now(self) -> RouteRequest:
+        """The route that the next attempt wants."""
+        wanted = self._log.revision or self._routed_revision()
+        stale = {n for n, revision in self._stale.items() if revision == wanted}
+        return RouteRequest(
+            self._log.base,
+            self._route.adapter,
+            self._log.revision,
+            frozenset(self._avoid | stale),
+            hinted=self._hinted,
+        )
+
+    def _routes_of(self, node: NodeRoute) -> tuple[int, int] | None:
+        """What makes the node turn the request away where it does not hold the adapter; None where
+        it is to load it."""
+        route = self._route_now()
+        if node.node_id in self._stale or not self._trusts_table:
+            return None
+        if not self._site.router.routed(route, node.node_id):
+            return None
+        table = self._site.router.table
+        return max((table.epoch, table.version), self._hint_version)
 
     async def _wait_for_holder(self, watch: RouteWatch, route: RouteRequest) -> None:
         """Only for what the table knows: the rest is the nodes' to find or refuse."""
@@ -163,7 +189,9 @@ class RequestRun:
 
     async def _attempt(self, node: NodeRoute) -> AsyncGenerator[Chunk, None]:
         left = self._left()
-        request = self._log.request(self._retry.attempt, left, self._routed_revision())
+        request = self._log.request(
+            self._retry.attempt, left, self._routed_revision(), self._routes_of(node)
+        )
         router, channels = self._site.router, self._site.channels
         stub = inference_pb2_grpc.InferenceServiceStub(channels.get(node.address))
         tokens = self._log.prompt_tokens + len(self._log.token_ids)
@@ -212,6 +240,9 @@ class RequestRun:
             self._trusts_table = False
             self._retry.attempt += 1
             return
+        if isinstance(error, StaleRouteError):
+            await self._redirected(error, node)
+            return
         self._avoid.add(node.node_id)
         wait_s = self._retry.after(error, progress, self._log.started)
         if wait_s is None:
@@ -225,10 +256,26 @@ class RequestRun:
             await asyncio.sleep(wait_s)
 
     def _other_holder(self) -> bool:
-        route = RouteRequest(
-            self._log.base, self._route.adapter, self._log.revision, frozenset(self._avoid)
-        )
-        return self._site.router.has_holder(route)
+        return self._site.router.has_holder(self._route_now())
+
+    async def _redirected(self, error: StaleRouteError, node: NodeRoute) -> None:
+        """Returns when a holder is known, or newer routes name none, or do not come. Raises `error`
+        where the request was turned away too often."""
+        if not self._retry.redirected():
+            raise error
+        self._stale[node.node_id] = self._log.revision or self._routed_revision()
+        self._hinted |= set(error.holders)
+        self._hint_version = max(self._hint_version, error.version)
+        router, watch = self._site.router, self._site.watch
+        end = self._loop.time() + NEWER_ROUTES_WAIT_S
+        while watch is not None and not self._other_holder():
+            old = (router.table.epoch, router.table.version) < error.version
+            left = end - self._loop.time()
+            if left <= 0 or not (old or router.routed(self._route_now(), node.node_id)):
+                return
+            own = self._left()
+            await watch.changed(left if own is None else min(left, own))
+            self._left()
 
     def _final(self, error: LoraServeError, node: NodeRoute) -> LoraServeError:
         count = len(self._log.token_ids)

@@ -99,11 +99,16 @@ class AnswerLog:
         return ref.revision if ref.HasField("revision") else None
 
     def request(
-        self, attempt: int, timeout_s: float | None, routed_revision: str | None = None
+        self,
+        attempt: int,
+        timeout_s: float | None,
+        routed_revision: str | None = None,
+        routes: tuple[int, int] | None = None,
     ) -> inference_pb2.GenerateRequest:
         """What to send for an attempt. `timeout_s`: what is left of the request's time.
         `routed_revision`: what the name means by the route table; asked for where the caller named
-        none, so that a node with an older copy does not answer from that."""
+        none, so that a node with an older copy does not answer from that. `routes`: (epoch,
+        version) of the table that names the node as a holder, where one does."""
         request = inference_pb2.GenerateRequest()
         request.CopyFrom(self._request)
         request.attempt = attempt
@@ -117,6 +122,8 @@ class AnswerLog:
                 request.adapter.revision = self._start.revision
         elif routed_revision is not None and not request.adapter.HasField("revision"):
             request.adapter.revision = routed_revision
+        if routes is not None:
+            request.routes.epoch, request.routes.version = routes
         if timeout_s is not None:
             request.timeout.FromMicroseconds(max(1, round(timeout_s * 1e6)))
         self._attempt_started = False
@@ -194,6 +201,8 @@ class AnswerLog:
             self._stop_reason,
             self.node_id,
             response.attempt,
+            response.start.queue_time_us / 1e6,
+            response.start.prefill_time_us / 1e6,
         )
 
     def _take_start(self, start: inference_pb2.GenerateStart) -> None:

@@ -17,8 +17,10 @@ class RetryPolicy:
 
     max_attempts: int = 3
     """In a row without a single token."""
-    max_resumes: int = 5
+    max_resumes: int = 2
     """Of one request: one that kills the nodes it runs on must not kill them all."""
+    max_redirects: int = 3
+    """Of one request, by nodes that do not hold its adapter any more; they cost next to nothing."""
     budget_ratio: float = 0.1
     """Retries of refused requests per request, over all requests of a client."""
     budget_reserve: int = 10
@@ -71,7 +73,16 @@ class RetryState:
         self.attempt = 0
         self._fruitless = 0
         self._resumes = 0
+        self._redirects = 0
         budget.request()
+
+    def redirected(self) -> bool:
+        """A node has sent the request elsewhere: no failure of it. Whether it may go there."""
+        self._redirects += 1
+        if self._redirects > self._policy.max_redirects:
+            return False
+        self.attempt += 1
+        return True
 
     def after(self, error: LoraServeError, progress: bool, started: bool) -> float | None:
         """Seconds to wait before the next attempt, None where there is none.

@@ -40,13 +40,15 @@ class ObservedLoad:
 @dataclass(frozen=True)
 class RouteRequest:
     """Nodes to `avoid` failed this very request. `spill`: a node that does not hold the adapter
-    may be asked to load it, where no holder is left."""
+    may be asked to load it, where no holder is left. `hinted`: holders by the word of a node, which
+    may know more than the table."""
 
     base: str = ""
     adapter: str | None = None
     revision: str | None = None
     avoid: frozenset[str] = frozenset()
     spill: bool = True
+    hinted: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -170,7 +172,8 @@ class Router:
         Raises InvalidArgumentError where the base must be named."""
         if request.adapter is not None and not self.table.every_node:
             route = self.table.find(request.base, request.adapter)
-            return bool(route and self._holders(route.of(request.revision), request, ""))
+            routed = route and self._holders(route.of(request.revision), request, "")
+            return bool(routed or self._hinted(request, "", set()))
         return bool(self._anywhere(request, ""))
 
     def pick(self, request: RouteRequest) -> NodeRoute | None:
@@ -190,6 +193,8 @@ class Router:
         size, rank = (route.size_bytes, route.max_rank) if route else (0, 0)
         placed = request.adapter is not None and not self.table.every_node
         holders = self._holders(route, request, base) if placed else self._anywhere(request, base)
+        if placed and request.hinted:
+            holders = [*holders, *self._hinted(request, base, {h.node_id for h in holders})]
         healthy = [h for h in holders if self._healthy(h.node_id)]
         if healthy:
             return self.table.nodes[self._best_of_some(healthy, size, rank)]
@@ -210,6 +215,14 @@ class Router:
             and (not base or node.base in ("", base))
         )
 
+    def _hinted(self, request: RouteRequest, base: str, named: set[str]) -> list[Holder]:
+        """Nodes that another one named as holders, and the table does not."""
+        return [
+            Holder(node_id, 1, common_pb2.RESIDENCY_STATE_UNSPECIFIED)
+            for node_id in sorted(request.hinted - named)
+            if self._usable(self.table.nodes.get(node_id), request, base)
+        ]
+
     def _anywhere(self, request: RouteRequest, base: str) -> list[Holder]:
         """Every node that might serve the request, by id."""
         return [
@@ -217,6 +230,15 @@ class Router:
             for node_id, node in sorted(self.table.nodes.items())
             if self._usable(node, request, base)
         ]
+
+    def routed(self, request: RouteRequest, node_id: str) -> bool:
+        """Whether the table, or a hint, names the node as a holder of the adapter."""
+        if request.adapter is None or self.table.every_node:
+            return False
+        found = self.table.find(request.base, request.adapter)
+        route = found.of(request.revision) if found else None
+        named = {h.node_id for h in route.holders} if route else set()
+        return node_id in named | request.hinted
 
     def _check_one_base(self, request: RouteRequest) -> None:
         """Any node would do, and its answer would be that of whatever base it serves."""

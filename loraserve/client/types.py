@@ -27,6 +27,10 @@ class Chunk:
     node_id: str = ""
     attempt: int = 0
     """0, or one more for every time the request was sent again."""
+    queue_time_s: float = 0.0
+    prefill_time_s: float = 0.0
+    """Both in the first chunk of an attempt: at the node, from the request's arrival to its first
+    step, and from there to its first token."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class RouteChoice:
         return AdapterRoute(adapter, history[0].revision, (), self._why(adapter))
 
     def _serving(self, key: CopyKey) -> list[tuple[Node, Copy]]:
-        """Copies that new requests may go to, those of nodes whose stream stands if there are."""
+        """Copies that new requests may go to, those of nodes that are heard of if there are."""
         serving = [
             (node, node.copies[key])
             for node in self._members.holders(key[0])
@@ -48,8 +48,8 @@ class RouteChoice:
             and node.copies[key].state.serves
             and key not in node.drops
         ]
-        linked = [(node, copy) for node, copy in serving if node.unlinked_tick is None]
-        return linked or serving
+        heard = [(node, copy) for node, copy in serving if node.heard]
+        return heard or serving
 
     def _why(self, adapter: AdapterId) -> str:
         """Never empty."""

@@ -32,6 +32,8 @@ from loraserve.security.identity import check_revision
 from loraserve.v1 import controller_pb2, controller_pb2_grpc
 from loraserve.wire_errors import typed_errors
 
+HEARTBEATS_PER_TICK = 2
+
 _log = logging.getLogger(__name__)
 
 
@@ -56,11 +58,12 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         await self._runtime.apply(NodeRegistered(record, request.heard_epoch))
         settings = self._runtime.settings
         period = Duration()
-        period.FromMilliseconds(round(settings.tick_seconds * 1000))
+        # Two in a tick: see Settings.quiet_ticks.
+        period.FromMilliseconds(round(settings.tick_seconds * 1000 / HEARTBEATS_PER_TICK))
         return controller_pb2.RegisterNodeResponse(
             epoch=self._runtime.state.epoch,
             heartbeat_period=period,
-            missed_heartbeats_limit=settings.silent_ticks,
+            missed_heartbeats_limit=settings.silent_ticks * HEARTBEATS_PER_TICK,
         )
 
     def _check_same_weights(self, record: NodeRecord) -> None:
@@ -97,7 +100,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                 everything, link.send_everything = link.send_everything, False
                 yield controller_pb2.HeartbeatResponse(
                     epoch=self._runtime.state.epoch,
-                    commands=[command_to_wire(c) for c in commands],
+                    commands=[command_to_wire(c, self._runtime.state.routes) for c in commands],
                     must_register=link.must_register,
                     send_full_residency=everything,
                 )

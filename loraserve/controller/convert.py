@@ -14,7 +14,7 @@ from loraserve.controller.events import (
     SendDrop,
     SendLoad,
 )
-from loraserve.controller.routes import AdapterRoute, NodeRoute
+from loraserve.controller.routes import AdapterRoute, NodeRoute, RouteTable
 from loraserve.controller.store import AdapterRecord
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.types import AdapterId, AdapterSpec
@@ -26,6 +26,8 @@ from loraserve.wire import split_address
 ROUTES_BYTES = 1 << 20
 # A node's own words, as far as they are told in routes.
 MAX_REASON_CHARACTERS = 300
+# Told with a drop: enough for a request to find one that still holds the adapter.
+MAX_TOLD_HOLDERS = 4
 # Tag and length of an entry, at most.
 _FIELD_BYTES = 6
 
@@ -52,13 +54,20 @@ def load_to_wire(spec: AdapterSpec) -> node_pb2.AdapterLoad:
     )
 
 
-def command_to_wire(command: SendLoad | SendDrop) -> controller_pb2.Command:
+def command_to_wire(command: SendLoad | SendDrop, routes: RouteTable) -> controller_pb2.Command:
+    """`routes`: as published, for what a node tells those who come for what it has dropped."""
     message = controller_pb2.Command(command_id=command.command_id)
     if isinstance(command, SendLoad):
         message.load.CopyFrom(load_to_wire(command.spec))
     else:
         message.drop.adapter.CopyFrom(adapter_id_to_wire(command.adapter))
         message.drop.revision = command.revision
+        route = routes.adapters.get(command.adapter)
+        for revision in route.revisions if route else ():
+            if revision.revision == command.revision:
+                holders = [h.node_id for h in revision.holders if h.node_id != command.node_id]
+                message.drop.holder_node_ids.extend(holders[:MAX_TOLD_HOLDERS])
+        message.drop.routes.epoch, message.drop.routes.version = routes.epoch, routes.version
     return message
 
 

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics-port-file", type=Path, help="file that gets the bound address of /metrics")
     add("--policy", default=DEFAULT_POLICY, choices=sorted(POLICIES), help="of placement")
     add("--replicas", type=int, default=1, help="copies of each adapter that are wanted")
-    add("--heartbeat-period", type=float, default=1.0, help="of nodes, seconds")
+    add("--heartbeat-period", type=float, default=1.0, help="seconds; nodes send two in it")
     add("--missed-heartbeats", type=int, default=3, help="after so many a node is lost")
     add("--placement-interval", type=float, default=60.0, help="seconds")
     add(

@@ -37,7 +37,8 @@ DROP_MEMORY_TICKS = 60
 @dataclass
 class Node:
     """`heard_tick` is that of the last sign of life. Until `reported`, nobody knows what the node
-    holds, so nothing is asked of it. `unlinked_tick`: since when its heartbeat stream is gone."""
+    holds, so nothing is asked of it. `unlinked_tick`: since when its heartbeat stream is gone.
+    `quiet`: it has said nothing for longer than it should, over a stream that stands."""
 
     record: NodeRecord
     heard_tick: int
@@ -45,6 +46,7 @@ class Node:
     generation: int = -1
     draining: bool = False
     unlinked_tick: int | None = None
+    quiet: bool = False
     copies: dict[CopyKey, Copy] = field(default_factory=dict)
     loads: dict[CopyKey, SentLoad] = field(default_factory=dict)
     drops: dict[CopyKey, SentDrop] = field(default_factory=dict)
@@ -62,6 +64,11 @@ class Node:
         return NodeCapacity(
             r.node_id, r.base, r.adapter_memory_bytes, r.max_rank, r.domain, r.speed
         )
+
+    @property
+    def heard(self) -> bool:
+        """Whether it is there, as far as can be told."""
+        return self.unlinked_tick is None and not self.quiet
 
     @property
     def takes_loads(self) -> bool:
@@ -161,7 +168,7 @@ class Membership:
         return known
 
     def _alive(self, node: Node, tick: int) -> None:
-        node.heard_tick, node.unlinked_tick = tick, None
+        node.heard_tick, node.unlinked_tick, node.quiet = tick, None, False
         self._by_silence.pop(node.record.node_id, None)
         self._by_silence[node.record.node_id] = None
 
@@ -171,7 +178,7 @@ class Membership:
         if node is None or node.record.incarnation != beat.incarnation:
             return None
         heard = Heard(node, first_report=not node.reported, drains=node.draining != beat.draining)
-        if node.unlinked_tick is not None:
+        if not node.heard:
             heard.released |= node.copies.keys()
         self._alive(node, tick)
         node.draining = beat.draining
@@ -234,6 +241,18 @@ class Membership:
         node.unlinked_tick = tick
         node.forget_loads()
         return node
+
+    def fall_quiet(self, tick: int, quiet_ticks: int) -> list[Node]:
+        """The nodes that are silent for too long to be trusted, since this tick."""
+        found = []
+        for node_id in self._by_silence:
+            node = self.nodes[node_id]
+            if tick - node.heard_tick <= quiet_ticks:
+                break  # those that follow were heard of later
+            if not node.quiet:
+                node.quiet = True
+                found.append(node)
+        return found
 
     def expire(self, tick: int, silent_ticks: int, unlinked_ticks: int) -> list[Node]:
         """Removes and returns the nodes that were silent for too long."""

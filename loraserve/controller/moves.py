@@ -3,8 +3,8 @@
 A copy moves in steps that follow from what nodes report, so that a controller which starts in the
 middle goes on with them: load at the target; routes go to it (`choice.py`); the copy that is in no
 route any more is dropped after a delay, when its requests have ended. Invariants:
- - a copy is dropped only if another one serves its adapter in the published routes, on a node whose
-   stream stands, so that the last copy that serves never goes;
+ - a copy is dropped only if another one serves its adapter in the published routes, on a node that
+   is heard of, so that the last copy that serves never goes;
  - loads for adapters that are served stay within the budget of the interval; others never wait;
  - a load that finds no room waits for drops, and only then is the node asked to decide.
 """
@@ -180,5 +180,5 @@ class Moves:
         routed = {
             (r.revision, h.node_id) for r in (route.revisions if route else ()) for h in r.holders
         }
-        stands = any(self._members.nodes[n].unlinked_tick is None for _, n in routed)
+        stands = any(self._members.nodes[n].heard for _, n in routed)
         return stands and (revision, node_id) not in routed

@@ -126,8 +126,10 @@ class Runtime:
 
     async def _apply(self, event: Event) -> list[Effect]:
         async with self._lock:
+            waited = self.state.settling
             effects = self.state.step(event)
-            publish = False
+            # Watchers from before the restart wait for it.
+            publish = waited and not self.state.settling
             for effect in effects:
                 match effect:
                     case SavePlacement():
@@ -208,12 +210,17 @@ class Runtime:
 
     async def route_changes(self, known: tuple[int, int]) -> AsyncIterator[RouteChanges]:
         """What a watcher that has (epoch, version) `known` must hear, now and after every change; a
-        slow one hears several versions at once. Ends when the controller closes."""
+        slow one hears several versions at once. Ends when the controller closes.
+
+        One that has routes of an earlier epoch keeps them until the nodes have had time to say what
+        they hold: a table without holders would stop what still works."""
         epoch, seen = known
         first = True
         while True:
             async with self._routes_changed:
-                while not self._closing and not first and self.state.routes.version == seen:
+                while not self._closing and (
+                    self._withheld(epoch) or (not first and self.state.routes.version == seen)
+                ):
                     await self._routes_changed.wait()
                 if self._closing:
                     return
@@ -221,6 +228,9 @@ class Runtime:
             delta = self._log_of_routes.since(seen) if epoch == table.epoch else None
             first, seen, epoch = False, table.version, table.epoch
             yield RouteChanges(table, delta)
+
+    def _withheld(self, known_epoch: int) -> bool:
+        return 0 < known_epoch < self.state.epoch and self.state.settling
 
     async def run(self) -> None:
         """Ticks until cancelled. Late ticks are not made up for: a controller that was stopped for

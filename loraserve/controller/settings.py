@@ -10,7 +10,10 @@ class Settings:
     tick_seconds: float = 1.0
     # Silence for longer than this: the node is lost.
     silent_ticks: int = 3
-    # The same for a node whose heartbeat stream has ended: a live one is back much sooner.
+    # Silence for longer than this: routes go to other copies, where there are any. Nodes send two
+    # heartbeats a tick, so that one which is half a tick late is not taken for silent.
+    quiet_ticks: int = 1
+    # As silent_ticks, for a node whose heartbeat stream has ended: a live one is back much sooner.
     unlinked_ticks: int = 1
     placement_interval_ticks: int = 60
     # A command whose effect does not show for so long is sent again.

@@ -230,7 +230,7 @@ class ControllerState:
                 f"{self._profile_base!r}",
             )
         known = self.nodes.get(record.node_id)
-        returns = known is not None and known.unlinked_tick is not None
+        returns = known is not None and not known.heard
         again = known is not None and known.record == record
         replaced = self._members.register(record, self._tick)
         node_id = record.node_id
@@ -296,6 +296,8 @@ class ControllerState:
     def _advance(self) -> list[Effect]:
         self._tick += 1
         settings = self._settings
+        for node in self._members.fall_quiet(self._tick, settings.quiet_ticks):
+            self._dirty |= node.revisions.keys()
         lost = self._members.expire(self._tick, settings.silent_ticks, settings.unlinked_ticks)
         for node in lost:
             node_id = node.record.node_id
@@ -326,14 +328,15 @@ class ControllerState:
     def _settle(self, spec: AdapterSpec) -> None:
         """A home for what is new."""
         self._dirty.add(spec.adapter)
-        if self._settling():
+        if self.settling:
             self._planner.request(self._tick)
             return
         forbidden = self._failures.forbidden_for(spec.adapter)
         if self._planner.settle_one(spec, self._usable(), forbidden):
             self._unsaved.add(spec.adapter)
 
-    def _settling(self) -> bool:
+    @property
+    def settling(self) -> bool:
         """Whether the stored placement still waits for its nodes."""
         if self._tick >= self._settings.settle_ticks:
             return False
@@ -384,7 +387,7 @@ class ControllerState:
 
     def _reconcile(self) -> list[Effect]:
         effects: list[Effect] = []
-        if self._planner.due(self._tick) and not self._settling():
+        if self._planner.due(self._tick) and not self.settling:
             effects += self._place()
         if not self._dirty and not self._dirty_nodes:
             return effects

@@ -36,7 +36,7 @@ def _node(state: ControllerState, node: Node) -> controller_pb2.NodeStatus:
         address=r.address,
         base=r.base,
         draining=node.draining,
-        disconnected=node.unlinked_tick is not None,
+        disconnected=not node.heard,
         failure_domain=r.domain,
         relative_speed=r.speed,
         adapter_memory_bytes=r.adapter_memory_bytes,

@@ -187,6 +187,15 @@ class HeldAdapters:
             if not self._waiting[adapter]:
                 del self._waiting[adapter]
 
+    def has_or_awaits(self, adapter: AdapterId, revision: str | None) -> bool:
+        """Whether a copy (None: of any revision) serves here or is on its way."""
+        if (adapter, revision) in self._resolving:
+            return True
+        copies = self._held.get(adapter, {}).values()
+        return any(
+            h.state in (HOST, FETCHING) and revision in (None, h.spec.revision) for h in copies
+        )
+
     def release(self, held: HeldAdapter, user: LiveRequest) -> None:
         held.unpin(user, self._clock())
 

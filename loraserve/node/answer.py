@@ -119,7 +119,15 @@ class Answer:
             cached_prompt_tokens=self._cached_tokens,
             seed=self._seed,
             node_id=self._node.node_id,
+            queue_time_us=self._queue_time_us(),
+            prefill_time_us=max(0, self._since_arrival_us() - self._queue_time_us()),
         )
+
+    def _queue_time_us(self) -> int:
+        return round((self._submitted_s - self._arrival_s + self._queue_s) * 1e6)
+
+    def _since_arrival_us(self) -> int:
+        return round((time.monotonic() - self._arrival_s) * 1e6)
 
     def _finish(self, response: GenerateResponse, chunk: OutputChunk) -> None:
         reason = _FINISH.get(chunk.finish_reason or "")
@@ -130,7 +138,7 @@ class Answer:
         usage.prompt_tokens = self._prompt_tokens
         usage.completion_tokens = self._tokens
         usage.cached_prompt_tokens = self._cached_tokens
-        usage.queue_time_us = round((self._submitted_s - self._arrival_s + self._queue_s) * 1e6)
+        usage.queue_time_us = self._queue_time_us()
         if isinstance(chunk.stop_reason, str):
             usage.stop_string = chunk.stop_reason
         elif chunk.stop_reason is not None:

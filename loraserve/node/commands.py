@@ -7,6 +7,7 @@ from functools import partial
 
 from loraserve.errors import LoraServeError
 from loraserve.node.convert import adapter_id_from_wire, load_from_wire, seconds
+from loraserve.node.moved import Moved
 from loraserve.node.node import Node
 from loraserve.v1 import controller_pb2
 from loraserve.wire_errors import to_detail
@@ -61,7 +62,9 @@ class Commands:
         adapters, base = self._node.adapters, self._node.facts.base
         match command.WhichOneof("action"):
             case "load":
-                held = adapters.begin_load(load_from_wire(command.load, base), placed=True)
+                spec = load_from_wire(command.load, base)
+                held = adapters.begin_load(spec, placed=True)
+                self._node.moved.forget((spec.adapter, spec.revision))
 
                 async def load() -> LoraServeError | None:
                     await held.settled.wait()
@@ -72,6 +75,9 @@ class Commands:
                 adapter = adapter_id_from_wire(command.drop.adapter, base)
                 revision = command.drop.revision
                 dropping = [h for h in adapters.copies(adapter) if h.spec.revision == revision]
+                routes = command.drop.routes
+                moved = Moved(tuple(command.drop.holder_node_ids), (routes.epoch, routes.version))
+                self._node.moved.note((adapter, revision), moved)
                 for copy in dropping:
                     adapters.begin_drop(copy)
 

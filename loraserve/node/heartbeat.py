@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S = 0.2
-_LAST_BACKOFF_S = 5.0
+# A controller that is back must hear of all its nodes within five seconds.
+_LAST_BACKOFF_S = 1.0
 # Changes are told at once, but several within this time together.
 _MIN_PERIOD_S = 0.02
 

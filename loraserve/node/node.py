@@ -11,6 +11,7 @@ from loraserve.node.demand import DemandCounter
 from loraserve.node.engine_api import LoadedModel
 from loraserve.node.limits import MAX_RANK, Limits
 from loraserve.node.metrics import NodeMetrics
+from loraserve.node.moved import MovedAdapters
 from loraserve.node.requests import LiveRequests
 from loraserve.node.sources import AdapterFetch
 from loraserve.v1 import common_pb2, node_pb2
@@ -52,6 +53,7 @@ class Node:
         self.metrics = metrics or NodeMetrics()
         self.requests = LiveRequests(limits)
         self.demand = DemandCounter()
+        self.moved = MovedAdapters()
         self.draining = False
         self._on_change = on_change
         self.adapters = HeldAdapters(

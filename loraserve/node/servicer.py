@@ -78,7 +78,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             prompt_ids = await _prompt_ids(node, request)
             live.queued_prefill_tokens = len(prompt_ids) + request.start_index
             if adapter is not None:
-                held = await _acquire(node, adapter, request.adapter, live, deadline_s)
+                held = await _acquire(node, adapter, request, live, deadline_s)
                 live.rank = held.spec.max_rank
             left_s = _left(live, deadline_s)
             answer = Answer(node, request, params, len(prompt_ids), held, arrival_s)
@@ -156,15 +156,19 @@ async def _prompt_ids(node: Node, request: inference_pb2.GenerateRequest) -> lis
 async def _acquire(
     node: Node,
     adapter: AdapterId,
-    ref: common_pb2.AdapterRef,
+    request: inference_pb2.GenerateRequest,
     live: LiveRequest,
     deadline_s: float,
 ) -> HeldAdapter:
-    """The adapter's copy, pinned; waits for it until the deadline or an abort."""
+    """The adapter's copy, pinned; waits for it until the deadline or an abort. Raises
+    StaleRouteError where routes were wrong that it is here."""
+    ref = request.adapter
     revision = ref.revision if ref.HasField("revision") else None
     held = node.adapters.acquire_now(adapter, revision, live)
     if held is not None:
         return held
+    if request.HasField("routes") and not node.adapters.has_or_awaits(adapter, revision):
+        raise node.moved.refusal(adapter, revision)
     task = asyncio.ensure_future(node.adapters.acquire(adapter, revision, live))
     ends: set[asyncio.Future[Any]] = {task, live.stopped}
     try:

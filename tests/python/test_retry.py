@@ -152,7 +152,7 @@ def every_error() -> list[type[LoraServeError]]:
 def test_only_what_another_node_may_cure_is_tried_again(kind: type[LoraServeError]) -> None:
     for field, transport in (("node", False), ("adapter", False), ("rpc", True)):
         error = _made(kind, field)
-        curable = kind is UnavailableError or (
+        curable = issubclass(kind, UnavailableError) or (
             transport and kind in (LoraServeError, CancelledError)
         )
         assert another_may(error) == curable

@@ -82,6 +82,7 @@ def test_each_error_has_its_code() -> None:
         "FailedPreconditionError": "FAILED_PRECONDITION",
         "ResourceExhaustedError": "RESOURCE_EXHAUSTED",
         "UnavailableError": "UNAVAILABLE",
+        "StaleRouteError": "UNAVAILABLE",
         "DeadlineExceededError": "DEADLINE_EXCEEDED",
         "CancelledError": "CANCELLED",
     }

@@ -1,0 +1,275 @@
+"""A request that old routes bring to a node without its adapter is sent on, not failed."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_controller import adapter_route, fake_controller, node_route, routes
+from fake_node import until
+from heard_controller import drop, load
+from node_calls import answers, refused
+from request_site import bad_node, client, finish
+from request_site import run as run_client
+from test_heartbeat import play
+
+from loraserve.client import request_run
+from loraserve.client.retry import RetryPolicy
+from loraserve.controller.convert import MAX_TOLD_HOLDERS, command_to_wire
+from loraserve.controller.events import Residency, SendDrop
+from loraserve.controller.routes import AdapterRoute, RevisionRoute, RouteHolder, RouteTable
+from loraserve.errors import StaleRouteError, UnavailableError
+from loraserve.node.held import FETCHING, HOST
+from loraserve.node.moved import Moved, MovedAdapters
+from loraserve.placement.types import AdapterId
+from loraserve.sampling_params import SamplingParams
+from loraserve.v1 import common_pb2
+from loraserve.v1.inference_pb2 import GenerateRequest
+from loraserve.wire_errors import abort, from_rpc_error
+
+ONE = SamplingParams(max_tokens=1)
+A, B = "a" * 64, "b" * 64
+ROUTES = common_pb2.RouteVersion(epoch=3, version=7)
+SQL = AdapterId("default", "tiny", "sql")
+
+
+# Nodes
+
+
+def test_a_node_says_where_a_dropped_adapter_went_and_loads_it_where_no_route_was_named(
+    tmp_path: Path,
+) -> None:
+    async def script(fake: Any, server: Any, engine: Any, channel: Any) -> None:
+        ref = common_pb2.AdapterRef(name="sql", revision=A)
+        fake.send(load(1, "sql", "a"))
+        await until(lambda: fake.states == {"sql@a": HOST}, "held")
+        assert await answers(channel, adapter=ref, routes=ROUTES)
+        command = drop(2, "sql", "a")
+        command.drop.holder_node_ids.extend(["n2", "n3"])
+        command.drop.routes.CopyFrom(common_pb2.RouteVersion(epoch=3, version=9))
+        fake.send(command)
+        await until(lambda: fake.states == {}, "gone")
+        error = await refused(answers(channel, adapter=ref, routes=ROUTES))
+        assert isinstance(error, StaleRouteError)
+        assert (error.field, error.holders, error.version) == ("adapter", ("n2", "n3"), (3, 9))
+        # One that was never here, and by name alone: nobody knows where.
+        never = common_pb2.AdapterRef(name="sql", revision=B)
+        for asked in (never, common_pb2.AdapterRef(name="sql")):
+            error = await refused(answers(channel, adapter=asked, routes=ROUTES))
+            assert isinstance(error, StaleRouteError)
+            assert (error.holders, error.version) == ((), (0, 0))
+        assert not engine.loaded
+        # Without routes the node asks its controller; this one answers nothing of the kind.
+        error = await refused(answers(channel, adapter=ref))
+        assert type(error) is UnavailableError
+        # Where it is wanted again, the old word counts nothing.
+        fake.send(load(3, "sql", "a"))
+        await until(lambda: fake.states == {"sql@a": HOST}, "held again")
+        assert await answers(channel, adapter=ref, routes=ROUTES)
+        assert not server.node.moved
+
+    play(tmp_path, script)
+
+
+def test_a_node_that_is_loading_the_adapter_keeps_the_request(tmp_path: Path) -> None:
+    async def script(fake: Any, server: Any, engine: Any, channel: Any) -> None:
+        engine.may_load.clear()
+        fake.send(load(1, "sql", "a"))
+        await until(lambda: fake.states == {"sql@a": FETCHING}, "on its way")
+        ref = common_pb2.AdapterRef(name="sql", revision=A)
+        task = asyncio.ensure_future(answers(channel, adapter=ref, routes=ROUTES))
+        await until(lambda: len(server.node.requests) == 1, "waits")
+        engine.may_load.set()
+        assert await task
+
+    play(tmp_path, script)
+
+
+def test_a_node_remembers_the_last_drops_only() -> None:
+    moved = MovedAdapters(max_entries=3)
+    names = [AdapterId("default", "tiny", f"a{i}") for i in range(5)]
+    for i, name in enumerate(names[:4]):
+        moved.note((name, A), Moved((f"n{i}",), (1, i)))
+    moved.note((names[1], A), Moved(("n9",), (1, 9)))  # the newest again
+    moved.note((names[4], A), Moved((), (1, 10)))
+    assert len(moved) == 3
+    told = [moved.refusal(name, A).holders for name in names]
+    assert told == [(), ("n9",), (), ("n3",), ()]
+
+
+def test_a_drop_command_says_who_still_holds_the_revision() -> None:
+    def holders(*ids: str) -> tuple[RouteHolder, ...]:
+        return tuple(RouteHolder(i, 1, Residency.HOST) for i in ids)
+
+    many = [f"n{i}" for i in range(20)]
+    old, new = RevisionRoute(A, holders(*many), 8, 100), RevisionRoute(B, holders("x"), 8, 100)
+    table = RouteTable(3, 9, {SQL: AdapterRoute(SQL, A, (old, new))})
+    message = command_to_wire(SendDrop("n1", 5, SQL, A), table).drop
+    told = ["n0", *many[2 : MAX_TOLD_HOLDERS + 1]]
+    assert (list(message.holder_node_ids), message.routes.version) == (told, 9)
+    # A revision that is gone has no holders; those of another are none of it.
+    message = command_to_wire(SendDrop("n1", 6, SQL, "c" * 64), table).drop
+    assert (list(message.holder_node_ids), message.routes.epoch) == ([], 3)
+
+
+# Clients
+
+
+def turns_away(error: StaleRouteError) -> Any:
+    """As a node does that has dropped the adapter; it loads it where no route was named."""
+
+    async def generate(request: GenerateRequest, context: Any) -> None:
+        if request.HasField("routes"):
+            await abort(context, error)
+        await context.write(finish(0))
+
+    return generate
+
+
+async def one_token(_: GenerateRequest, context: Any) -> None:
+    await context.write(finish(0))
+
+
+def asked(node: Any) -> list[tuple[int, int]]:
+    """(attempt, version of the routes or 0) of each request."""
+    return [(r.attempt, r.routes.version) for r in node.requests]
+
+
+def test_the_holder_that_the_node_names_is_asked_at_once_and_the_node_stays_in_use() -> None:
+    async def test() -> None:
+        error = StaleRouteError("adapter", "is not here", ("n2",), (1, 6))
+        async with bad_node(turns_away(error)) as old, bad_node(one_token) as new:
+            nodes = [node_route("n1", old.address), node_route("n2", new.address)]
+            adapters = [adapter_route("sql", "n1"), adapter_route("rot13", "n1")]
+            table = routes(4, nodes=nodes, adapters=adapters)
+            # No retry is allowed: being sent on is none.
+            policy = RetryPolicy(max_attempts=1)
+            async with (
+                fake_controller(table) as control,
+                client(policy=policy, controller=control.address) as asks,
+            ):
+                begin = asyncio.get_running_loop().time()
+                assert (await asks.answer(ONE, adapter="sql")).attempts == 2
+                assert asyncio.get_running_loop().time() - begin < request_run.NEWER_ROUTES_WAIT_S
+                assert (asked(old), asked(new)) == ([(0, 4)], [(1, 6)])
+                # It has not failed: other adapters' requests still go there.
+                await asks.answer(ONE, adapter="rot13")
+                assert len(old.requests) == 2
+
+    run_client(test)
+
+
+def test_a_request_that_was_turned_away_waits_for_newer_routes() -> None:
+    async def test() -> None:
+        error = StaleRouteError("adapter", "is not here")
+        async with bad_node(turns_away(error)) as old, bad_node(one_token) as new:
+            nodes = [node_route("n1", old.address), node_route("n2", new.address)]
+            table = routes(4, nodes=nodes, adapters=[adapter_route("sql", "n1")])
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                task = asyncio.ensure_future(asks.answer(ONE, adapter="sql"))
+                await until(lambda: len(old.requests) == 1, "turned away")
+                control.send(routes(5, full=False))  # says nothing of it
+                await asyncio.sleep(0.1)
+                assert not new.requests
+                control.send(routes(6, full=False, adapters=[adapter_route("sql", "n2")]))
+                await task
+                assert (asked(old), asked(new)) == ([(0, 4)], [(1, 6)])
+
+    run_client(test)
+
+
+def test_another_revision_may_well_be_on_the_node_that_turned_the_request_away() -> None:
+    async def test() -> None:
+        async def holds_the_new_one(request: GenerateRequest, context: Any) -> None:
+            if request.adapter.revision != B:
+                await abort(context, StaleRouteError("adapter", "is not here", (), (1, 5)))
+            await context.write(finish(0))
+
+        async with bad_node(holds_the_new_one) as node, bad_node(one_token) as other:
+            nodes = [node_route("n1", node.address), node_route("n2", other.address)]
+            table = routes(4, nodes=nodes, adapters=[adapter_route("sql", "n1")])
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                task = asyncio.ensure_future(asks.answer(ONE, adapter="sql"))
+                await until(lambda: len(node.requests) == 1, "turned away")
+                sql = adapter_route("sql", "n1")
+                sql.revision = sql.revisions[0].revision = B
+                control.send(routes(5, full=False, adapters=[sql]))
+                await task
+                assert [r.adapter.revision for r in node.requests] == [A, B]
+                assert not other.requests
+
+    run_client(test)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_where_no_holder_shows_up_a_node_is_asked_to_load_it(
+    nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_run, "NEWER_ROUTES_WAIT_S", 0.1)
+
+    async def test() -> None:
+        error = StaleRouteError("adapter", "is not here", ("gone",), (1, 9))
+        async with bad_node(turns_away(error)) as old, bad_node(one_token) as other:
+            known = [node_route("n1", old.address), node_route("n2", other.address)][:nodes]
+            table = routes(4, nodes=known, adapters=[adapter_route("sql", "n1")])
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                assert (await asks.answer(ONE, adapter="sql")).attempts == 2
+                loads = [old, other][nodes - 1]
+                assert asked(old)[0] == (0, 4)
+                assert asked(loads)[-1] == (1, 0)
+
+    run_client(test)
+
+
+def test_a_request_that_is_sent_round_and_round_ends() -> None:
+    async def test() -> None:
+        every = tuple(f"n{i}" for i in range(8))
+        async with bad_node(turns_away(StaleRouteError("adapter", "not here", every))) as node:
+            table = routes(
+                4,
+                nodes=[node_route(i, node.address) for i in every],
+                adapters=[adapter_route("sql", *every)],
+            )
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                with pytest.raises(StaleRouteError, match="not here"):
+                    await asks.answer(ONE, adapter="sql")
+        assert asked(node) == [(i, 4) for i in range(1 + RetryPolicy().max_redirects)]
+
+    run_client(test)
+
+
+def test_details_that_make_no_sense_are_no_details() -> None:
+    class Lying:
+        def code(self) -> Any:
+            return type("Code", (), {"name": "UNAVAILABLE"})
+
+        def details(self) -> str:
+            return "adapter: gone"
+
+        def trailing_metadata(self) -> Any:
+            from google.rpc import error_details_pb2, status_pb2
+
+            info = error_details_pb2.ErrorInfo(
+                reason="STALE_ROUTE",
+                domain="loraserve",
+                metadata={"field": "adapter", "holders": ",,n1,", "routes": "1.x"},
+            )
+            status = status_pb2.Status()
+            status.details.add().Pack(info)
+            return [("grpc-status-details-bin", status.SerializeToString())]
+
+    error = from_rpc_error(Lying())  # type: ignore[arg-type]
+    assert isinstance(error, StaleRouteError)
+    assert (error.message, error.holders, error.version) == ("gone", ("n1",), (0, 0))
