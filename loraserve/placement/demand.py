@@ -237,8 +237,7 @@ class DemandTracker:
         """Smoothed tokens per second, without headroom, of adapters over the floor."""
         factors = self._factors
         return {
-            a: Demand(r.prefill * factors[a], r.decode * factors[a])
-            for a, r in self._rates.items()
+            a: Demand(r.prefill * factors[a], r.decode * factors[a]) for a, r in self._rates.items()
         }
 
     def demand(self) -> dict[AdapterId, Demand]:

@@ -7,8 +7,9 @@ Steady state of continuous batching. Requests arrive at rate q (1/s), each of `p
 
 with w the seconds of token work per request (prefill, decode, attention over a context of
 prompt + output / 2, products with the adapters; and installing its adapter where the memory that
-the KV cache leaves does not hold all of them) and a(t) the reads of the distinct adapters of a step. Of A equally wanted adapters a step with B tokens' worth of appearances sees
-A (1 - exp(-B / A)) (Poisson arrivals). q grows with t, and so does everything that limits it:
+the KV cache leaves does not hold all of them) and a(t) the reads of the distinct adapters of a step.
+Of A equally wanted adapters a step with B tokens' worth of appearances sees A (1 - exp(-B / A))
+(Poisson arrivals). q grows with t, and so does everything that limits it:
 
     sequences   q output t                       <= max_sequences        (Little's law)
     tokens      q (prompt + output) t            <= max_batch_tokens

@@ -65,7 +65,7 @@ def test_a_node_of_another_base_is_refused_counted_and_leaves_no_trace() -> None
     register(state, "n1", "tiny")
     before = state.routes
     for times in (1, 2):
-        with pytest.raises(FailedPreconditionError, match="'other'.*profile of 'tiny'") as refused:
+        with pytest.raises(FailedPreconditionError, match=r"'other'.*profile of 'tiny'") as refused:
             register(state, "n2", "other")
         assert refused.value.field == "base"
         assert state.ignored == {"base without a profile": times}
@@ -156,7 +156,8 @@ def test_the_command_line_makes_the_model() -> None:
 
     assert made() == default_load_model()
     shipped = "a100-llama-2-7b-padded"
-    options = ["--slo-ttft", "2", "--slo-tbt", "0.1", "--prompt", "100", "--output", "50", "--node-adapters", "7"]
+    options = ["--slo-ttft", "2", "--slo-tbt", "0.1"]
+    options += ["--prompt", "100", "--output", "50", "--node-adapters", "7"]
     found = made("--profile", shipped, *options)
     assert (found.profile.name, found.profile.base) == (shipped, "Llama-2-7B")
     assert (found.slo, found.mix) == (Slo(2, 0.1), LengthMix(100, 50, 7))
