@@ -249,7 +249,7 @@ class DemandTracker:
         for adapter, rate in rates.items():
             tokens = rate.prefill + rate.decode
             grown = 1.0
-            if tokens >= HOT_PART * total:
+            if tokens > 0 and tokens >= HOT_PART * total:
                 grown += self._rates[adapter].deviation / tokens
             made[adapter] = Demand(rate.prefill * grown, rate.decode * grown)
             of_rank = sums.setdefault(self._ranks.get(adapter, 0), [0.0, 0.0])

@@ -45,6 +45,8 @@ def test_hot_adapters_get_their_mean_absolute_deviation() -> None:
 
 def test_cold_adapters_get_no_headroom() -> None:
     tracker = started()
+    tracker.admit(A, 8)
+    tracker.admit(B, 16)
     for second in (1.0, 2.0):
         tracker.add(A, 100_000, 0)
         tracker.add(B, 10 * second, 0)
