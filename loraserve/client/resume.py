@@ -1,5 +1,8 @@
 """The record of one answer, from which another node can go on with it. Pure.
 
+Every request that this version offers can go on: what could not, a grammar or several answers to
+one prompt, is not offered.
+
 A request that goes on sends the prompt as it was, the tokens that were delivered, the revision and
 the seed. That is enough for token ids and for text alike:
 - A text prompt is tokenized by every node of one base alike; the count of its tokens is compared.
