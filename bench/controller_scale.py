@@ -47,7 +47,7 @@ from loraserve.controller.events import (
 )
 from loraserve.controller.route_log import RouteChanges
 from loraserve.controller.route_messages import messages
-from loraserve.controller.server import ControllerOptions, ControllerServer
+from loraserve.controller.server import GC_THRESHOLDS, ControllerOptions, ControllerServer
 from loraserve.controller.state import ControllerState, Settings
 from loraserve.placement.policies import DEFAULT_POLICY, policy_named
 from loraserve.placement.types import AdapterId, AdapterSpec
@@ -219,6 +219,8 @@ def restart(cluster: Cluster) -> dict[str, float]:
     reports = {n: tuple(node.copies.values()) for n, node in state.nodes.items()}
     gc.collect()
     gc.freeze()
+    before = gc.get_threshold()
+    gc.set_threshold(*GC_THRESHOLDS)
     begin, begin_cpu = time.perf_counter(), time.process_time()
     policy = policy_named(DEFAULT_POLICY)
     again = ControllerState(cluster.settings, policy, 2, histories, placement)
@@ -228,6 +230,7 @@ def restart(cluster: Cluster) -> dict[str, float]:
         again.step(NodeRegistered(state.nodes[node_id].record))
         again.step(Heartbeat(node_id, 1, 1, copies))
     gc.unfreeze()
+    gc.set_threshold(*before)
     return {
         "cpu_s": round(time.process_time() - begin_cpu, 2),
         "core_made_s": round(made_s, 2),

@@ -22,6 +22,8 @@ class CostWeights:
     fetch_per_mib: float = 16.0
     pages_full: float = 1024.0
     """A node without a free page, which must preempt; in proportion from 10 % free pages on."""
+    request_steps: float = 128.0
+    """Steps that a request stays in a batch: in each it slows the others by its rank."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,7 @@ class Router:
             # What the request's rank makes of the steps of all that run there, and of its own.
             padded = (running + 1) * max(largest, rank)
             own = trust * load.rank_sum + sum(ranks)
+            padded *= w.request_steps
             cost += w.running_request * (costs.own * own + costs.padded * padded)
         if load.total_pages:
             free = load.free_pages / load.total_pages
