@@ -87,6 +87,9 @@ class ControllerServer:
             self._blobs = DurableStore(options.store or str(options.data_dir / "adapters"))
         except OSError as error:
             raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
+        # What is read here and what nodes report then stays: looking for garbage in hundreds of
+        # thousands of records again and again, while they come, took a third of a restart.
+        gc.set_threshold(*GC_THRESHOLDS)
         # First of all, as its lock keeps a second controller away from what the first one writes.
         self._store = SqliteStore(options.data_dir / "controller.sqlite")
         self.metrics = ControllerMetrics()
@@ -142,9 +145,6 @@ class ControllerServer:
         # A registry of 100,000 adapters stays: looking for garbage in it costs heartbeats.
         gc.collect()
         gc.freeze()
-        # So do the copies and routes that nodes are about to report, hundreds of thousands: looking
-        # through them again and again while they come took a third of a restart.
-        gc.set_threshold(*GC_THRESHOLDS)
         self._ticking = asyncio.create_task(self.runtime.run())
         await self._health.tell(serving=True)
         _log.info("serving on %s", self.address)
