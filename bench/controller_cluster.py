@@ -1,4 +1,4 @@
-"""A cluster for benchmarks: the controller's core without a network, and nodes that obey at once."""
+"""A cluster for benchmarks: the controller's core without a network; its nodes obey at once."""
 
 import hashlib
 import random
