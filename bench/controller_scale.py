@@ -13,7 +13,6 @@ machine, commit and command.
 import argparse
 import asyncio
 import gc
-import hashlib
 import json
 import os
 import platform
@@ -24,113 +23,40 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from controller_cluster import Cluster, quantiles, specs, timed
+
 from loraserve.client.messages import update_from_wire
 from loraserve.client.route_table import RouteBook
+from loraserve.client.routing import Router, RouteRequest
 from loraserve.controller.events import (
     AdapterAdded,
+    ComputePlacement,
     Copy,
     DemandSample,
-    Effect,
     Event,
     Heartbeat,
     NodeRecord,
     NodeRegistered,
+    PlacementComputed,
     Residency,
-    SendDrop,
-    SendLoad,
     Tick,
 )
+from loraserve.controller.placing import solve
 from loraserve.controller.route_log import RouteChanges
 from loraserve.controller.route_messages import messages
-from loraserve.controller.server import ControllerOptions, ControllerServer
+from loraserve.controller.server import GC_THRESHOLDS, ControllerOptions, ControllerServer
 from loraserve.controller.state import ControllerState, Settings
 from loraserve.placement.policies import DEFAULT_POLICY, policy_named
 from loraserve.placement.types import AdapterId, AdapterSpec
 from loraserve.v1 import controller_pb2, controller_pb2_grpc
 from loraserve.wire import dial
 
-RANKS, PARTS = (8, 16, 32, 64, 128), (0.30, 0.25, 0.20, 0.15, 0.10)
-BYTES_PER_RANK = 5_242_880
 ACTIVE = 10_000
-
-
-def specs(count: int, seed: int) -> list[AdapterSpec]:
-    ranks = random.Random(seed).choices(RANKS, PARTS, k=count)
-    return [
-        AdapterSpec(
-            AdapterId(f"tenant-{i % 500:03d}", "base", f"customer-adapter-{i:06d}"),
-            hashlib.sha256(str(i).encode()).hexdigest(),
-            rank * BYTES_PER_RANK,
-            rank,
-        )
-        for i, rank in enumerate(ranks)
-    ]
-
-
-class Cluster:
-    """The core and nodes that do at once what they are told to."""
-
-    def __init__(self, adapters: list[AdapterSpec], nodes: int) -> None:
-        self.settings = Settings(placement_interval_ticks=1_000_000, move_bytes=1 << 40)
-        policy = policy_named(DEFAULT_POLICY)
-        self.state = ControllerState(self.settings, policy, 1, [(s,) for s in adapters])
-        memory = int(1.6 * sum(s.size_bytes for s in adapters) / nodes)
-        self.memory = memory
-        self.generation = dict.fromkeys((f"node-{i:04d}" for i in range(nodes)), 1)
-        self.changes: dict[str, list[Copy]] = {n: [] for n in self.generation}
-        for node_id in self.generation:
-            self.register(node_id)
-        for _ in range(8):
-            self.beats()
-            self.step(Tick())
-
-    def register(self, node_id: str) -> None:
-        address = f"{node_id}:7410"
-        self.step(NodeRegistered(NodeRecord(node_id, 1, address, "base", "", self.memory)))
-        self.step(Heartbeat(node_id, 1, 1))
-
-    def step(self, event: Event) -> list[Effect]:
-        effects = self.state.step(event)
-        for effect in effects:
-            if isinstance(effect, SendLoad):
-                spec = effect.spec
-                copy = Copy(spec.adapter, spec.revision, Residency.HOST)
-                self.changes[effect.node_id].append(copy)
-            assert not isinstance(effect, SendDrop)
-        return effects
-
-    def beat(self, node_id: str, demand: tuple[DemandSample, ...] = ()) -> Heartbeat:
-        """What changed since the node's heartbeat before."""
-        copies, self.changes[node_id] = tuple(self.changes[node_id]), []
-        since = self.generation[node_id]
-        if copies:
-            self.generation[node_id] += 1
-        return Heartbeat(
-            node_id, 1, self.generation[node_id], copies, demand, since_generation=since
-        )
-
-    def beats(self) -> None:
-        for node_id in self.generation:
-            self.step(self.beat(node_id))
-
-
-def timed(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def quantiles(times_s: Iterable[float]) -> dict[str, float]:
-    ordered = sorted(times_s)
-    return {
-        "median_ms": round(1e3 * statistics.median(ordered), 4),
-        "p99_ms": round(1e3 * ordered[int(0.99 * (len(ordered) - 1))], 4),
-    }
 
 
 def core(adapters: list[AdapterSpec], nodes: int, seed: int) -> tuple[dict[str, Any], Cluster]:
@@ -210,6 +136,60 @@ def core(adapters: list[AdapterSpec], nodes: int, seed: int) -> tuple[dict[str, 
     return out, cluster
 
 
+async def placement_in_a_thread(cluster: Cluster, demand_of: list[AdapterSpec]) -> dict[str, float]:
+    """As the daemon places: how long the loop is kept from everything else, by asking and adopting,
+    and by sharing the interpreter with the thread (a probe that sleeps a millisecond)."""
+    state = cluster.state
+    loop, waits = asyncio.get_running_loop(), [0.0]
+
+    async def probe() -> None:
+        while True:
+            begin = loop.time()
+            await asyncio.sleep(0.001)
+            waits.append(loop.time() - begin - 0.001)
+
+    for spec in demand_of:
+        state._planner.count(spec.adapter, 500, 100)
+    closing = timed(lambda: state._planner._close_window(state._tick + 1.5))
+    state._planner.request(state._tick)
+    state._defers_placement = True
+    begin = time.perf_counter()
+    effects = state.step(Tick())
+    asked = time.perf_counter() - begin
+    (question,) = (e.question for e in effects if isinstance(e, ComputePlacement))
+    probing = asyncio.create_task(probe())
+    begin = time.perf_counter()
+    answer = await asyncio.to_thread(solve, question)
+    solved = time.perf_counter() - begin
+    probing.cancel()
+    adopted = timed(lambda: cluster.step(PlacementComputed(answer)))
+    state._defers_placement = False
+    cluster.beats()
+    ms = {"close_window": closing, "ask": asked, "solve": solved, "adopt": adopted}
+    ms["longest_wait_of_others"] = max(waits)
+    return {f"{key}_ms": round(1e3 * value, 1) for key, value in ms.items()}
+
+
+def pick_us(cluster: Cluster, count: int) -> dict[str, float]:
+    """A client's choice of a node for adapters with few holders; and of the CPU time of one where
+    the route is unpacked for the first time."""
+    book = RouteBook()
+    for wire in messages(RouteChanges(cluster.state.routes, None), lambda _: True, "", True):
+        book.take(update_from_wire(wire))
+    router = Router(time.monotonic, random.Random(1).random, book.table)
+    asked = [RouteRequest(a.base, a.name) for a in islice(book.table.adapters, count)]
+    begin = time.process_time()
+    for request in asked:
+        assert router.pick(request) is not None
+    cold = time.process_time() - begin
+    begin = time.process_time()
+    for _ in range(10):
+        for request in asked[:200]:
+            router.pick(request)
+    warm = time.process_time() - begin
+    return {"cold_us": round(1e6 * cold / count, 1), "warm_us": round(1e6 * warm / 2000, 1)}
+
+
 def restart(cluster: Cluster) -> dict[str, float]:
     """A controller that comes back: its core from the registry, then all nodes report. As in the
     daemon, garbage is not looked for in what was made at the start."""
@@ -219,6 +199,8 @@ def restart(cluster: Cluster) -> dict[str, float]:
     reports = {n: tuple(node.copies.values()) for n, node in state.nodes.items()}
     gc.collect()
     gc.freeze()
+    before = gc.get_threshold()
+    gc.set_threshold(*GC_THRESHOLDS)
     begin, begin_cpu = time.perf_counter(), time.process_time()
     policy = policy_named(DEFAULT_POLICY)
     again = ControllerState(cluster.settings, policy, 2, histories, placement)
@@ -228,6 +210,7 @@ def restart(cluster: Cluster) -> dict[str, float]:
         again.step(NodeRegistered(state.nodes[node_id].record))
         again.step(Heartbeat(node_id, 1, 1, copies))
     gc.unfreeze()
+    gc.set_threshold(*before)
     return {
         "cpu_s": round(time.process_time() - begin_cpu, 2),
         "core_made_s": round(made_s, 2),
@@ -283,6 +266,8 @@ async def watchers(adapters: list[AdapterSpec], count: int) -> dict[str, Any]:
             state._catalog.add(spec)
         state._dirty |= set(state._catalog)
         await server.runtime.apply(NodeRegistered(NodeRecord("n", 1, "n:1", "base", "", 1 << 60)))
+        if server.runtime._placing is not None:
+            await server.runtime._placing
         heard: asyncio.Queue[int] = asyncio.Queue()
 
         async def watch() -> None:
@@ -338,7 +323,13 @@ def main() -> int:
         "adapters": arguments.adapters,
         "nodes": arguments.nodes,
         "core": measured,
+        "load_average": os.getloadavg()[0],
+        "whole_placement_in_a_thread": {
+            f"{count}_active": asyncio.run(placement_in_a_thread(cluster, adapters[:count]))
+            for count in (ACTIVE, len(adapters))
+        },
         "restart": restart(cluster),
+        "client_pick": pick_us(cluster, 2000),
         "client_table": client_table(cluster),
     }
     del cluster

@@ -22,6 +22,8 @@ class CostWeights:
     fetch_per_mib: float = 16.0
     pages_full: float = 1024.0
     """A node without a free page, which must preempt; in proportion from 10 % free pages on."""
+    request_steps: float = 256.0
+    """Steps that a request stays in a batch: in each it slows the others by its rank."""
 
 
 @dataclass(frozen=True)
@@ -299,10 +301,12 @@ class Router:
         if costs is not None:
             ranks = [r for _, _, r in unseen]
             largest = max(trust * load.max_rank, *ranks, 0)
-            # What the request's rank makes of the steps of all that run there, and of its own.
-            padded = (running + 1) * max(largest, rank)
+            ahead = running * largest
+            # In each step from now on, all are padded to what is largest with the request.
+            added = (running + 1) * max(largest, rank) - ahead
             own = trust * load.rank_sum + sum(ranks)
-            cost += w.running_request * (costs.own * own + costs.padded * padded)
+            slowed = costs.own * own + costs.padded * (ahead + w.request_steps * added)
+            cost += w.running_request * slowed
         if load.total_pages:
             free = load.free_pages / load.total_pages
             cost += w.pages_full * trust * max(0.0, 1.0 - 10.0 * free)

@@ -11,7 +11,7 @@ from loraserve.placement.types import AdapterId
 
 V = TypeVar("V")
 
-SHARDS = 1024
+SHARDS = 4096
 
 
 def _shard(adapter: AdapterId) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from loraserve.controller.placing import PlacementAnswer, PlacementQuestion
 from loraserve.controller.residency import Residency as Residency
@@ -25,8 +26,7 @@ class NodeRecord:
     speed: float = 1.0
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """One revision on one node, as the node reports it. `error` says why, where it failed;
     `size_bytes` is what it takes there, 0 where the node does not say."""
 

@@ -34,6 +34,7 @@ from loraserve.wire import SERVER_OPTIONS, bind, split_address
 
 _log = logging.getLogger(__name__)
 
+GC_THRESHOLDS = (50_000, 20, 100)
 SERVICES = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name,
@@ -99,6 +100,9 @@ class ControllerServer:
             self._blobs = DurableStore(options.store or str(options.data_dir / "adapters"))
         except OSError as error:
             raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
+        # What is read here and what nodes report then stays: looking for garbage in hundreds of
+        # thousands of records again and again, while they come, took a third of a restart.
+        gc.set_threshold(*GC_THRESHOLDS)
         # First of all, as its lock keeps a second controller away from what the first one writes.
         self._store = SqliteStore(options.data_dir / "controller.sqlite")
         self.metrics = ControllerMetrics()

@@ -8,8 +8,10 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from loraserve.errors import FailedPreconditionError, InvalidArgumentError
 from loraserve.placement.types import AdapterId, AdapterSpec
@@ -184,23 +186,18 @@ class SqliteStore:
         return int(str(self._read("SELECT epoch FROM epoch")[0][0]))
 
     def adapters(self) -> list[AdapterRecord]:
-        histories: dict[AdapterId, list[AdapterSpec]] = {}
-        for row in self._read(
-            "SELECT tenant, base, name, revision, size_bytes, max_rank FROM revisions "
+        rows: list[Any] = self._read(
+            "SELECT tenant, base, name, create_time_us, update_time_us, "
+            "revision, size_bytes, max_rank "
+            "FROM adapters JOIN revisions USING (tenant, base, name) "
             "ORDER BY tenant, base, name, age"
-        ):
-            adapter = AdapterId(str(row[0]), str(row[1]), str(row[2]))
-            spec = AdapterSpec(adapter, str(row[3]), int(str(row[4])), int(str(row[5])))
-            histories.setdefault(adapter, []).append(spec)
-        times = self._read("SELECT * FROM adapters ORDER BY tenant, base, name")
-        return [
-            AdapterRecord(
-                tuple(histories[AdapterId(str(tenant), str(base), str(name))]),
-                int(str(created)),
-                int(str(updated)),
-            )
-            for tenant, base, name, created, updated in times
-        ]
+        )
+        records = []
+        for (*names, created, updated), of_one in groupby(rows, key=itemgetter(0, 1, 2, 3, 4)):
+            adapter = AdapterId(*names)
+            history = tuple(AdapterSpec(adapter, *row[5:]) for row in of_one)
+            records.append(AdapterRecord(history, created, updated))
+        return records
 
     def put_adapter(self, record: AdapterRecord) -> None:
         key = _key(record.adapter)

@@ -11,6 +11,7 @@ from routing_tables import SQL_ID, adapter, holder, node, table
 from loraserve.client.messages import update_from_wire
 from loraserve.client.route_table import (
     AdapterRoute,
+    RankCosts,
     RevisionRoute,
     RouteBook,
     RouteTable,
@@ -30,6 +31,7 @@ from loraserve.controller.routes import difference
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.types import AdapterId
 from loraserve.v1.common_pb2 import RESIDENCY_STATE_HOST
+from loraserve.v1.controller_pb2 import RankCosts as WireRankCosts
 from loraserve.v1.controller_pb2 import WatchRoutesResponse
 from loraserve.wire import MAX_MESSAGE_BYTES
 
@@ -296,3 +298,17 @@ def test_no_table_is_too_long_for_its_messages() -> None:
         sent = now
         for route in book.table.adapters.values():
             assert len(route.unrouted_reason) == 300
+
+
+def test_what_ranks_cost_comes_with_the_table_and_stays_with_its_changes() -> None:
+    costs = WireRankCosts(own=0.5, padded=0.25)
+    table = SentTable(1, 1)
+    book = RouteBook()
+    for wire in messages(RouteChanges(table, None), everything, "", True, costs):
+        assert book.take(update_from_wire(wire))
+    assert book.table.rank_costs == RankCosts(0.5, 0.25)
+    assert book.take(RouteUpdate(1, 2))
+    assert book.table.rank_costs == RankCosts(0.5, 0.25)
+    for wire in messages(RouteChanges(table, None), everything, "", True):
+        assert book.take(replace(update_from_wire(wire), epoch=2))
+    assert book.table.rank_costs is None

@@ -23,6 +23,7 @@ from routing_tables import (
 from loraserve.client.route_table import (
     AdapterRoute,
     Holder,
+    RankCosts,
     RevisionRoute,
     RouteTable,
     static_table,
@@ -348,3 +349,45 @@ def test_a_draw_is_by_weight_for_any_point(weights: list[int], point: float) -> 
     before = sum(weights[:index])
     reach = point * sum(weights)
     assert before - 1e-9 <= reach <= before + weights[index] + 1e-9
+
+
+def by_rank(costs: RankCosts | None, rank: int) -> Counter[str | None]:
+    """Two nodes with as much to do: one runs requests of rank 64, the other of rank 8."""
+    route = replace(adapter(holder("a"), holder("b")), revisions=())
+    route = replace(
+        route, revisions=(RevisionRoute("r1", (holder("a"), holder("b")), max_rank=rank),)
+    )
+    site = Site(replace(table("ab", route), rank_costs=costs))
+    site.router.observe("a", ObservedLoad(running_requests=4, rank_sum=256, max_rank=64))
+    site.router.observe("b", ObservedLoad(running_requests=4, rank_sum=32, max_rank=8))
+    return site.picks()
+
+
+def test_without_costs_of_ranks_a_pick_does_not_look_at_them() -> None:
+    assert min(by_rank(None, 64).values()) > 60
+
+
+def test_on_an_engine_that_pads_like_ranks_go_together() -> None:
+    """A high rank would slow four requests on "b"; a low one would be slowed on "a"."""
+    assert by_rank(RankCosts(padded=0.004), 64) == {"a": 200}
+    assert by_rank(RankCosts(padded=0.004), 8) == {"b": 200}
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_where_every_rank_costs_its_own_the_lower_sum_is_less_work(rank: int) -> None:
+    assert by_rank(RankCosts(own=0.004), rank) == {"b": 200}
+
+
+def test_own_requests_count_with_their_ranks() -> None:
+    route = adapter(holder("a"), holder("b"))
+    site = Site(replace(table("ab", route), rank_costs=RankCosts(own=0.01)))
+    site.router.began("a", 10, rank=128)
+    site.router.began("b", 10, rank=8)
+    assert site.picks() == {"b": 200}
+
+
+def test_the_rank_of_a_request_is_that_of_the_revision_it_wants() -> None:
+    router = Site(table("a", adapter(holder("a")))).router
+    assert router.rank_of(SQL) == 8
+    assert router.rank_of(RouteRequest("base", "sql", revision="r0")) == 0
+    assert router.rank_of(RouteRequest("base")) == 0
