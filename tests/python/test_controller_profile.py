@@ -156,7 +156,18 @@ def test_the_command_line_makes_the_model() -> None:
 
     assert made() == default_load_model()
     shipped = "a100-llama-2-7b-padded"
-    options = ["--slo-ttft", "2", "--slo-tbt", "0.1", "--prompt", "100", "--output", "50", "--node-adapters", "7"]
+    options = [
+        "--slo-ttft",
+        "2",
+        "--slo-tbt",
+        "0.1",
+        "--prompt",
+        "100",
+        "--output",
+        "50",
+        "--node-adapters",
+        "7",
+    ]
     found = made("--profile", shipped, *options)
     assert (found.profile.name, found.profile.base) == (shipped, "Llama-2-7B")
     assert (found.slo, found.mix) == (Slo(2, 0.1), LengthMix(100, 50, 7))
