@@ -8,9 +8,11 @@ part of what a closed loop of many requests gets through. Client and controller 
 cores, as there may be no others.
 
 What the profile cannot know, because it was measured inside the engine: the time that a served step
-takes around the engine (wake-ups, RPC, the client's work on the same cores). Three numbers stand for
-it, seconds for each step, for each sequence of a step and for the way to a node and back, and are
-fitted on a *calibration* run of another seed. The trace that is compared was not fitted on.
+takes around the engine (wake-ups, RPC, the client's work on the same cores). Three numbers stand
+for it, seconds for each step, for each sequence of a step and for the way to a node and back, and
+are fitted on *calibration* windows with other seeds; the windows that are compared were not fitted
+on,
+and both kinds come in turn, so that a slow moment of the machine falls on both alike.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,16 @@ class Served:
     tokens: int
     span_s: float
     failed: int = 0
+
+    @classmethod
+    def pooled(cls, windows: Sequence["Served"]) -> "Served":
+        return cls(
+            np.concatenate([w.ttft_s for w in windows]),
+            np.concatenate([w.tpot_s for w in windows]),
+            sum(w.tokens for w in windows),
+            sum(w.span_s for w in windows),
+            sum(w.failed for w in windows),
+        )
 
     def numbers(self) -> dict[str, float]:
         return {
@@ -204,6 +216,10 @@ def simulated(profile: Profile, work: Workload, network_s: float) -> Served:
     )
 
 
+def simulated_windows(profile: Profile, windows: Sequence[Workload], network_s: float) -> Served:
+    return Served.pooled([simulated(profile, work, network_s) for work in windows])
+
+
 def with_overhead(profile: Profile, step_s: float, sequence_s: float) -> Profile:
     cost = profile.cost
     return replace(
@@ -214,14 +230,16 @@ def with_overhead(profile: Profile, step_s: float, sequence_s: float) -> Profile
     )
 
 
-def calibrate(profile: Profile, work: Workload, served: Served) -> tuple[float, float, float]:
+def calibrate(
+    profile: Profile, windows: Sequence[Workload], served: Served
+) -> tuple[float, float, float]:
     """(step, sequence, network) seconds that bring the quantiles of TTFT and of the time for each
     later token closest, in the mean square of their logarithms."""
     wanted = [np.percentile(v, QUANTILES) for v in (served.ttft_s, served.tpot_s)]
 
     def error(logs: Any) -> float:
         step_s, sequence_s, network_s = np.exp(np.clip(logs, -14, -3))
-        found = simulated(with_overhead(profile, step_s, sequence_s), work, network_s)
+        found = simulated_windows(with_overhead(profile, step_s, sequence_s), windows, network_s)
         made = [np.percentile(v, QUANTILES) for v in (found.ttft_s, found.tpot_s)]
         return float(np.mean(np.log(np.array(made) / np.array(wanted)) ** 2))
 
@@ -231,6 +249,11 @@ def calibrate(profile: Profile, work: Workload, served: Served) -> tuple[float, 
     best = minimize(error, start, method="Nelder-Mead", options=options).x
     step_s, sequence_s, network_s = np.exp(np.clip(best, -14, -3)).tolist()
     return step_s, sequence_s, network_s
+
+
+def load_average() -> float:
+    """Of the last minute."""
+    return os.getloadavg()[0]
 
 
 def commit() -> str:
@@ -249,30 +272,33 @@ async def measured(options: argparse.Namespace) -> dict[str, Any]:
         capacity = await Requests(client, full, seed + 2).closed_loop(CLOSED_REQUESTS)
         rate = options.load * capacity
         print(f"capacity {capacity:.1f} requests/s, so {rate:.1f}", file=sys.stderr)
-        before = trace(rate, options.calibration, seed + 3)
-        loads = [Path("/proc/loadavg").read_text().split()[0]]
-        calibration = await Requests(client, before, seed + 3).open_loop()
-        work = trace(rate, options.seconds, seed + 4)
-        loads.append(Path("/proc/loadavg").read_text().split()[0])
-        served = await Requests(client, work, seed + 4).open_loop()
-        loads.append(Path("/proc/loadavg").read_text().split()[0])
-    step_s, sequence_s, network_s = calibrate(profile, before, calibration)
+        loads = [load_average()]
+        kinds: dict[str, list[tuple[Workload, Served]]] = {"calibration": [], "compared": []}
+        for number in range(2 * options.windows):
+            kind = ("calibration", "compared")[number % 2]
+            work = trace(rate, options.seconds, seed + 3 + number)
+            served = await Requests(client, work, seed + 3 + number).open_loop()
+            kinds[kind].append((work, served))
+            loads.append(load_average())
+    fitted_on, compared = ([w for w, _ in kinds[k]] for k in kinds)
+    calibration, served = (Served.pooled([s for _, s in kinds[k]]) for k in kinds)
+    step_s, sequence_s, network_s = calibrate(profile, fitted_on, calibration)
     fitted = with_overhead(profile, step_s, sequence_s)
-    ours = simulated(fitted, work, network_s).numbers()
-    bare = simulated(profile, work, ClusterSettings().network_s).numbers()
+    ours = simulated_windows(fitted, compared, network_s).numbers()
+    bare = simulated_windows(profile, compared, ClusterSettings().network_s).numbers()
     real = served.numbers()
     return {
         "command": " ".join(["python", "bench/simulator_vs_daemons.py", *sys.argv[1:]]),
         "commit": commit(),
         "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
-        "load_average_before_between_after": [float(x) for x in loads],
+        "load_average_before_and_after_each_window": loads,
         "profile": {"name": profile.name, "source": profile.source, "cost": asdict(profile.cost)},
-        "fitted_on_the_calibration_run": {
+        "fitted_on_the_calibration_windows": {
             "step_s": step_s,
             "sequence_s": sequence_s,
             "network_s": network_s,
             "calibration": calibration.numbers(),
-            "simulated": simulated(fitted, before, network_s).numbers(),
+            "simulated": simulated_windows(fitted, fitted_on, network_s).numbers(),
         },
         "capacity_requests_per_s": capacity,
         "rate_requests_per_s": rate,
@@ -289,8 +315,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--profile", required=True, help="of the demo model, taken with one thread on one core")
-    add("--seconds", type=float, default=60.0, help="of the trace that is compared")
-    add("--calibration", type=float, default=30.0, help="seconds of the run that is fitted on")
+    add("--windows", type=int, default=4, help="of each kind")
+    add("--seconds", type=float, default=15.0, help="of a window")
     add("--capacity-requests", type=int, default=600)
     add("--load", type=float, default=0.6, help="of the capacity")
     add("--seed", type=int, default=1)

@@ -174,7 +174,8 @@ class ControllerState:
         """Takes one event; the effects are to be carried out in their order.
 
         Raises AlreadyExistsError, NotFoundError (adapters), FailedPreconditionError (a node's stale
-        incarnation, another cluster's epoch, a base that the profile is not of) and InvalidArgumentError (values that cannot be)."""
+        incarnation, another cluster's epoch, a base that the profile is not of) and
+        InvalidArgumentError (values that cannot be)."""
         effects: list[Effect] = []
         match event:
             case NodeRegistered(record, heard_epoch):

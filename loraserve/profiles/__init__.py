@@ -1,1 +1,1 @@
-"""Profiles of engines: the ones that ship, and the reader of all. Made by tools/make_profiles.py."""
+"""Profiles of engines: the ones that ship, and the reader of all."""

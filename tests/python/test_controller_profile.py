@@ -65,7 +65,7 @@ def test_a_node_of_another_base_is_refused_counted_and_leaves_no_trace() -> None
     register(state, "n1", "tiny")
     before = state.routes
     for times in (1, 2):
-        with pytest.raises(FailedPreconditionError, match="'other'.*profile of 'tiny'") as refused:
+        with pytest.raises(FailedPreconditionError, match=r"'other'.*profile of 'tiny'") as refused:
             register(state, "n2", "other")
         assert refused.value.field == "base"
         assert state.ignored == {"base without a profile": times}
