@@ -10,9 +10,8 @@ cores, as there may be no others.
 What the profile cannot know, because it was measured inside the engine: the time that a served step
 takes around the engine (wake-ups, RPC, the client's work on the same cores). Three numbers stand
 for it, seconds for each step, for each sequence of a step and for the way to a node and back, and
-are fitted on *calibration* windows with other seeds; the windows that are compared were not fitted
-on,
-and both kinds come in turn, so that a slow moment of the machine falls on both alike.
+are fitted on *calibration* windows with other seeds, the windows that are compared are not, and both
+kinds come in turn, so that a slow moment of the machine falls on both alike.
 """
 
 import argparse
