@@ -10,8 +10,8 @@ cores, as there may be no others.
 What the profile cannot know, because it was measured inside the engine: the time that a served step
 takes around the engine (wake-ups, RPC, the client's work on the same cores). Three numbers stand
 for it, seconds for each step, for each sequence of a step and for the way to a node and back, and
-are fitted on *calibration* windows with other seeds, the windows that are compared are not, and both
-kinds come in turn, so that a slow moment of the machine falls on both alike.
+are fitted on *calibration* windows with other seeds. The windows that are compared are not, and
+both kinds come in turn, so that a slow moment of the machine falls on both alike.
 """
 
 import argparse
@@ -199,7 +199,11 @@ class Requests:
 
 def simulated(profile: Profile, work: Workload, network_s: float) -> Served:
     settings = ClusterSettings(
-        nodes=NODES, clients=1, network_s=network_s, control=Settings(replicas=NODES)
+        nodes=NODES,
+        clients=1,
+        network_s=network_s,
+        control=Settings(replicas=NODES),
+        warm=False,  # as the daemons: nobody has told the controller what will be asked
     )
     load = load_model(profile, settings.slo, work, NODES)
     run = Cluster(work, profile, policy_named(DEFAULT_POLICY), load, settings)
@@ -244,7 +248,7 @@ def calibrate(
 
     start = np.log([3e-4, 1e-4, 1e-3])
     simplex = np.vstack([start, *(start + step for step in np.eye(3))])
-    options = {"maxfev": 70, "initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-5}
+    options = {"maxfev": 40, "initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-5}
     best = minimize(error, start, method="Nelder-Mead", options=options).x
     step_s, sequence_s, network_s = np.exp(np.clip(best, -14, -3)).tolist()
     return step_s, sequence_s, network_s
