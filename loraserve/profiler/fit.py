@@ -55,7 +55,8 @@ class Point:
 
 @dataclass(frozen=True)
 class FitReport:
-    """Relative errors |predicted / median - 1| over the points that were not fitted on."""
+    """Relative errors |predicted / median - 1|, every point's by a model that was not fitted on
+    it. `fitted_points`: of one such model."""
 
     fitted_points: int
     held_out_points: int
@@ -147,7 +148,29 @@ def _fit_at(table: _Table, used: Sequence[str], places: Places) -> tuple[float, 
 
 def evaluate(model: CostModel, fitted: int, held_out: Sequence[Point]) -> FitReport:
     """`held_out`: points that `model` was not fitted on; at least one."""
-    errors = np.array([abs(model.seconds(p.load) / p.median_s - 1) for p in held_out])
+    return _report(_errors(model, held_out), fitted, held_out)
+
+
+def cross_validate(
+    points: Sequence[Point], folds: int, used: Sequence[str] = COEFFICIENTS
+) -> FitReport:
+    """Each fold in turn is held out from the fit, in the order that the points have. Raises as
+    fit_cost_model."""
+    errors, held_out, fitted = [], [], 0
+    for fold in range(folds):
+        rest = [point for i, point in enumerate(points) if i % folds != fold]
+        fitted = len(rest)
+        model = fit_cost_model(rest, used)
+        held_out += points[fold::folds]
+        errors.append(_errors(model, points[fold::folds]))
+    return _report(np.concatenate(errors), fitted, held_out)
+
+
+def _errors(model: CostModel, points: Sequence[Point]) -> Floats:
+    return np.array([abs(model.seconds(p.load) / p.median_s - 1) for p in points])
+
+
+def _report(errors: Floats, fitted: int, held_out: Sequence[Point]) -> FitReport:
     noise = np.array([p.noise for p in held_out])
     return FitReport(
         fitted,

@@ -1,4 +1,4 @@
-"""From an engine to its Profile: sweep, fit, check on points that were held out."""
+"""From an engine to its Profile: sweep, fit, check on points that were held out in turn."""
 
 import random
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from typing import Any, Literal
 from loraserve.engine import Engine, EngineConfig
 from loraserve.placement.cost_model import CostModel, Profile, Slo
 from loraserve.placement.operating_point import LengthMix, operating_points
-from loraserve.profiler.fit import COEFFICIENTS, FitReport, Point, evaluate, fit_cost_model
+from loraserve.profiler.fit import COEFFICIENTS, FitReport, Point, cross_validate, fit_cost_model
 from loraserve.profiler.sweep import Grid, Sweep, scenarios
 
-# Of the points, never fitted on.
-_HELD_OUT = 4
+# Parts of the points that are held out in turn to know the error; the profile is fitted on all.
+_FOLDS = 4
 # Beside the decoding sequences, of the longest prompt that is measured.
 _SPARE_CONTEXT = 32
 
@@ -86,8 +86,8 @@ def measure(
         bytes_per_rank=_bytes_per_rank(points),
         kv_tokens=0,
         source=f"measured on {backend}, {threads} threads, arena of {pages} pages of "
-        f"{stats.page_bytes} bytes: {report.fitted_points} points fitted, "
-        f"{report.held_out_points} held out, error p50 {report.error_p50:.1%} p95 "
+        f"{stats.page_bytes} bytes: {report.held_out_points} points, each "
+        f"held out once, error p50 {report.error_p50:.1%} p95 "
         f"{report.error_p95:.1%}, noise p50 {report.noise_p50:.1%} p95 {report.noise_p95:.1%}",
     )
     return Measured(profile, report, tuple(points))
@@ -96,12 +96,9 @@ def measure(
 def _fitted(points: list[Point], seed: int) -> tuple[CostModel, FitReport]:
     order = list(points)
     random.Random(seed).shuffle(order)
-    held_out = order[::_HELD_OUT]
-    fitted = [point for i, point in enumerate(order) if i % _HELD_OUT]
     # This engine does not pad; a coefficient for it would only take what is others'.
     used = [name for name in COEFFICIENTS if name != "token_max_rank_s"]
-    cost = fit_cost_model(fitted, used)
-    return cost, evaluate(cost, len(fitted), held_out)
+    return fit_cost_model(order, used), cross_validate(order, _FOLDS, used)
 
 
 def _bytes_per_rank(points: list[Point]) -> int:

@@ -172,7 +172,8 @@ class Sweep:
         return self._engine.submit(self._prompt(prompt), params, name)
 
     def run(self, scenario: Scenario) -> list[StepRecord]:
-        """The steps of one scenario, from its first to its last."""
+        """The steps of one scenario, from where all its sequences decode together. Those before
+        find the caches cold and are of accidental compositions."""
         steps = self._steps(scenario)
         running = [self._submit(_PROMPT_TOKENS, steps, a) for a in scenario.adapters]
         records = []
@@ -182,7 +183,9 @@ class Sweep:
             self._submit(tokens, 1, scenario.prefill_adapter).result(_TIMEOUT_S)
         for handle in running:
             handle.result(_TIMEOUT_S)
-        return records + self._engine.take_step_records()
+        records += self._engine.take_step_records()
+        together = (i for i, r in enumerate(records) if r.decode_tokens == len(running))
+        return records[next(together, len(records)) :]
 
     def _prefills(self, scenario: Scenario) -> list[int]:
         return [p for p in scenario.prefills for _ in range(self._grid.prefill_samples)]

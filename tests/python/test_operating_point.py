@@ -8,7 +8,7 @@ import pytest
 from placement_makers import model
 
 from loraserve.errors import InvalidArgumentError
-from loraserve.placement.cost_model import Slo, StepLoad
+from loraserve.placement.cost_model import CostModel, Profile, Slo, StepLoad
 from loraserve.placement.load import LoadModel, default_load_model
 from loraserve.placement.operating_point import LengthMix, operating_points
 
@@ -163,3 +163,37 @@ def test_rubbish_in_a_profile_is_refused(change: dict[str, float], field: str) -
 def test_there_is_a_built_in_model() -> None:
     points = default_load_model().points.tokens_per_s
     assert 1000 < points[512] < points[0] < 50_000
+
+
+def test_prices_beyond_the_hinges_are_an_upper_bound_and_exact_beyond_them() -> None:
+    hinged = CostModel(
+        *(1e-3, 1e-5, 2e-5, 1e-8, 1e-9, 1e-7, 0.0, 1e-5, 1e-11),
+        batch_token_s=3e-5,
+        batch_tokens=8,
+        spill_byte_s=4e-11,
+        cache_bytes=1e7,
+        context_bytes=4096,
+    )
+    flat = hinged.loaded()
+    most = hinged.batch_token_s * hinged.batch_tokens + hinged.spill_byte_s * hinged.cache_bytes
+    rng = np.random.default_rng(0)
+    beyond = 0
+    for _ in range(200):
+        prefill, decode, adapters = (int(v) for v in rng.integers(0, 20, 3))
+        load = StepLoad(
+            prefill + 1, decode, decode * 150, prefill * 30, 8 * decode, 0, adapters, adapters * 1e6
+        )
+        more = flat.seconds(load) - hinged.seconds(load)
+        assert -1e-12 <= more <= most + 1e-12
+        held = load.adapter_bytes + 4096 * (load.context_tokens + load.prefill_tokens)
+        if prefill + 1 + decode >= 8 and held >= 1e7:
+            beyond += 1
+            assert more == pytest.approx(most)
+    assert beyond > 20
+    # A hinged engine carries less than one without, and no more than its prices say.
+    profile = Profile("p", "b", "d", hinged, 256, 64, 20_000)
+    free = replace(profile, cost=replace(hinged, batch_token_s=0.0, spill_byte_s=0.0))
+    rates = [operating_points(p, Slo(), LengthMix(64, 32, 8)).tokens_per_s for p in (profile, free)]
+    assert (rates[0] < rates[1]).all()
+    same = replace(profile, cost=flat)
+    assert (operating_points(same, Slo(), LengthMix(64, 32, 8)).tokens_per_s == rates[0]).all()

@@ -12,7 +12,14 @@ from loraserve.demo import MODEL_DIRECTORY
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import CostModel, Slo, StepLoad
 from loraserve.placement.operating_point import LengthMix
-from loraserve.profiler.fit import COEFFICIENTS, HINGES, Point, evaluate, fit_cost_model
+from loraserve.profiler.fit import (
+    COEFFICIENTS,
+    HINGES,
+    Point,
+    cross_validate,
+    evaluate,
+    fit_cost_model,
+)
 from loraserve.profiler.profile_engine import ProfileOptions, measure, to_json
 from loraserve.profiler.sweep import Grid, scenarios
 from loraserve.profiles.files import load_profile
@@ -76,6 +83,19 @@ def test_hinges_are_found_where_the_engine_has_them_and_only_there() -> None:
     assert evaluate(found, 300, held_out).error_max < 1e-5
     flat = fit_cost_model(points, [name for name in used if name not in HINGES])
     assert evaluate(flat, 300, held_out).error_max > 0.1
+
+
+def test_every_point_is_held_out_once() -> None:
+    """A model that was fitted on a point that nothing else is like would know it."""
+    used = ["step_s", "prefill_token_s", "decode_token_s", "adapter_s"]
+    points = [Point(StepLoad(prefill_tokens=n), (1e-3 + n * 1e-5,) * 5) for n in range(1, 21)] + [
+        Point(StepLoad(prefill_tokens=5, adapters=1), (1.0,) * 5)
+    ]
+    assert evaluate(fit_cost_model(points, used), 21, points).error_max < 1e-6
+    report = cross_validate(points, 4, used)
+    assert (report.fitted_points, report.held_out_points) == (16, 21)
+    assert report.error_p95 < 1e-6
+    assert report.error_max > 0.9
 
 
 def test_noisy_points_count_less() -> None:

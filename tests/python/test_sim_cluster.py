@@ -1,7 +1,7 @@
 """A simulated cluster: nothing is lost, the seed decides everything, adapters move in time."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -234,6 +234,15 @@ def test_profiles_are_checked(tmp_path: Any, change: Any, why: str) -> None:
         load_profile(str(path))
     with pytest.raises(NotFoundError, match="a100"):
         load_profile("nonsense")
+
+
+def test_profiles_from_before_the_hinges_are_read(tmp_path: Any) -> None:
+    raw = asdict(PROFILE)
+    for name in ("batch_token_s", "batch_tokens", "spill_byte_s", "cache_bytes", "context_bytes"):
+        del raw["cost"][name]
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(raw))
+    assert load_profile(str(path)) == PROFILE
 
 
 # The command
