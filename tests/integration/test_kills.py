@@ -10,7 +10,7 @@ from served_cluster import running
 from loraserve import AsyncClient
 
 STREAMS = 64
-MAX_TOKENS = 200
+MAX_TOKENS = 120
 # Requests are sent three times at most.
 MOST_ATTEMPTS = 3
 # Only against hangs; bench/resume_gaps.py measures.
