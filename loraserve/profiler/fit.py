@@ -156,7 +156,9 @@ def cross_validate(
 ) -> FitReport:
     """Each fold in turn is held out from the fit, in the order that the points have. Raises as
     fit_cost_model."""
-    errors, held_out, fitted = [], [], 0
+    errors: list[Floats] = []
+    held_out: list[Point] = []
+    fitted = 0
     for fold in range(folds):
         rest = [point for i, point in enumerate(points) if i % folds != fold]
         fitted = len(rest)
