@@ -125,6 +125,7 @@ def heartbeat_from_wire(message: controller_pb2.HeartbeatRequest) -> Heartbeat:
         message.since_generation,
         removed,
         message.epoch,
+        message.load.queued_prefill_tokens,
     )
 
 

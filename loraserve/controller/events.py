@@ -63,7 +63,8 @@ class Heartbeat:
     `generation`; or, where `since_generation` is not 0, what changed between the two, and `removed`
     what went. `failed` are loads that ended in an error since the heartbeat before: (command id,
     why). `applied_command` is the highest command id whose effect `copies` show. `epoch` is the
-    one that the node registered in; 0 where it does not say."""
+    one that the node registered in; 0 where it does not say. `waiting_tokens`: of prompts that
+    wait in its engine."""
 
     node_id: str
     incarnation: int
@@ -76,6 +77,7 @@ class Heartbeat:
     since_generation: int = 0
     removed: tuple[tuple[AdapterId, str], ...] = ()
     epoch: int = 0
+    waiting_tokens: int = 0
 
 
 @dataclass(frozen=True)

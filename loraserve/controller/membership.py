@@ -53,6 +53,7 @@ class Node:
     # Loads that find no room here, and since when.
     cramped: dict[CopyKey, int] = field(default_factory=dict)
     used_bytes: int = 0
+    waiting_tokens: int = 0
     # Of all `loads`.
     loading_bytes: int = 0
     # Keys of `copies` by adapter.
@@ -181,7 +182,7 @@ class Membership:
         if not node.heard:
             heard.released |= node.copies.keys()
         self._alive(node, tick)
-        node.draining = beat.draining
+        node.draining, node.waiting_tokens = beat.draining, beat.waiting_tokens
         if beat.since_generation:
             heard.gap = beat.since_generation != node.generation
             if heard.gap:

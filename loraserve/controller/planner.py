@@ -16,11 +16,13 @@ from loraserve.controller.home import Site, first_home, stays
 from loraserve.controller.placing import PlacementAnswer, PlacementQuestion, Since
 from loraserve.controller.problem import ProblemLimits
 from loraserve.controller.settings import Settings
+from loraserve.controller.surges import Surges
 from loraserve.controller.targets import NOWHERE, Target, Targets
 from loraserve.placement.autoscale import WantedNodes
 from loraserve.placement.columns import Columns, peak
-from loraserve.placement.demand import DemandTracker, bursts
+from loraserve.placement.demand import DemandTracker
 from loraserve.placement.load import LoadModel
+from loraserve.placement.operating_point import MAX_RANK
 from loraserve.placement.types import (
     AdapterId,
     AdapterSpec,
@@ -74,8 +76,7 @@ class Planner:
         self._demand.close_window(0.0)
         for spec in catalog.specs():
             self._demand.admit(spec.adapter, spec.max_rank)
-        self._planned: dict[AdapterId, Demand] = {}
-        self._recent: dict[AdapterId, tuple[float, float]] = {}
+        self._surges = Surges(settings, load, catalog.current)
         # The question whose answer is awaited, and adapters that came, changed or went since.
         self._asked: PlacementQuestion | None = None
         self._touched: set[AdapterId] = set()
@@ -87,12 +88,10 @@ class Planner:
     @property
     def planned(self) -> Mapping[AdapterId, Demand]:
         """Tokens per second that the last placement was made for."""
-        return self._planned
+        return self._surges.planned
 
     def count(self, adapter: AdapterId, prefill: float, decode: float) -> None:
-        self._demand.add(adapter, prefill, decode)
-        before = self._recent.get(adapter, (0.0, 0.0))
-        self._recent[adapter] = before[0] + prefill, before[1] + decode
+        self._surges.count(adapter, prefill, decode)
 
     def admit(self, spec: AdapterSpec) -> None:
         self._touched.add(spec.adapter)
@@ -101,7 +100,8 @@ class Planner:
     def forget(self, adapter: AdapterId) -> None:
         self._touched.add(adapter)
         self._demand.forget(adapter)
-        for known in (self.unplaced, self._moved, self._planned, self._recent):
+        self._surges.forget(adapter)
+        for known in (self.unplaced, self._moved):
             known.pop(adapter, None)
 
     # When to place
@@ -116,38 +116,55 @@ class Planner:
             return False
         return max(self._not_before, self._placed_tick + 1) <= tick
 
-    def tick(self, tick: int) -> None:
-        """Time passes: an interval ends, or a burst has begun."""
-        interval = self._settings.placement_interval_ticks
+    def tick(self, tick: int, strained: bool = False) -> None:
+        """Time passes: an interval ends, or a burst has begun. `strained`: a node has more requests
+        waiting than it should; what is placed now makes up for it."""
+        settings = self._settings
+        interval = settings.placement_interval_ticks
         if tick % interval == 0:
-            self._close_window(tick)
+            self._gather()
+            self._demand.close_window(tick * settings.tick_seconds)
             self._moved = {a: t for a, t in self._moved.items() if tick - t < interval}
             self.request(tick)
-        elif tick % self._settings.burst_check_ticks == 0:
-            if self._bursts() and tick - self._placed_tick >= self._settings.burst_gap_ticks:
-                self._close_window(tick)
-                self.request(tick)
-            self._recent = {}
+        elif tick % settings.burst_check_ticks == 0:
+            if tick - self._placed_tick >= settings.burst_gap_ticks:
+                if self._surges.found():
+                    # What came before the burst says nothing of it: a window of its own.
+                    began = tick - settings.burst_check_ticks
+                    if began * settings.tick_seconds > self._demand.closed_s:
+                        self._demand.close_window(began * settings.tick_seconds)
+                    self._gather()
+                    self._demand.close_window(tick * settings.tick_seconds)
+                    self.request(tick)
+                elif strained:
+                    self.request(tick)
+            self._gather()
 
-    def _close_window(self, tick: int) -> None:
-        self._demand.close_window(tick * self._settings.tick_seconds)
-        self._recent = {}
+    def _wait_s(self, node_id: str, tokens: int) -> float:
+        """How long a node has to work for requests with so many prompt tokens, at its operating
+        point."""
+        if not tokens:
+            return 0.0
+        mix, points = self._load.mix, self._load.points
+        rank = min(self._ranks.get(node_id, 0), MAX_RANK)
+        rate = float(points.tokens_per_s[rank]) or 1.0
+        return tokens * (1 + mix.output / mix.prompt) / rate
 
-    def _bursts(self) -> bool:
-        seconds = self._settings.burst_check_ticks * self._settings.tick_seconds
-        now = {a: Demand(p / seconds, d / seconds) for a, (p, d) in self._recent.items()}
-        found = bursts(now, self._planned, self._settings.burst_times)
-        if not found:
-            return False
-        specs = [s for s in map(self._catalog.current, found) if s is not None]
-        rank = np.array([s.max_rank for s in specs], np.int64)
-        charges = self._load.charges(
-            np.array([s.size_bytes for s in specs], np.int64),
-            rank,
-            np.array([now[s.adapter].prefill for s in specs]),
-            np.array([now[s.adapter].decode for s in specs]),
-        )
-        return bool((charges.alone(rank) >= self._settings.burst_nodes).any())
+    def late(self, node_id: str, waiting_tokens: int) -> bool:
+        """Whether what waits on the node has no first token within the SLO."""
+        return self._wait_s(node_id, waiting_tokens) > self._load.slo.ttft_p95_s
+
+    def strain(self, node_id: str, waiting_tokens: int) -> float:
+        """The part of an interval that the node needs for what waits there, where that is late."""
+        if not self.late(node_id, waiting_tokens):
+            return 0.0
+        settings = self._settings
+        interval_s = settings.placement_interval_ticks * settings.tick_seconds
+        return min(settings.most_strain, self._wait_s(node_id, waiting_tokens) / interval_s)
+
+    def _gather(self) -> None:
+        for adapter, (prefill, decode, requests) in self._surges.take().items():
+            self._demand.add(adapter, prefill, decode, requests)
 
     # Placing one
 
@@ -232,7 +249,7 @@ class Planner:
         touched, self._asked = self._touched, None
         if answer.columns is None:
             return Placing(trouble=answer.trouble)
-        self._planned = dict(answer.question.demand)
+        planned = dict(answer.question.demand)
         rows = answer.question.rows
         reasons = {rows.adapters[row]: why for row, why in answer.plan.reasons.items()}
         for adapter in touched:
@@ -240,7 +257,8 @@ class Planner:
             if adapter in self.unplaced:
                 reasons[adapter] = self.unplaced[adapter]
             if adapter not in self._catalog:
-                self._planned.pop(adapter, None)
+                planned.pop(adapter, None)
+        self._surges.plan(planned, answer.columns)
         explained = {
             a for a in self.unplaced.keys() | reasons if self.unplaced.get(a) != reasons.get(a)
         }

@@ -36,3 +36,8 @@ class Settings:
     # A burst is this many times the planned demand, and at least this part of a node.
     burst_times: float = 4.0
     burst_nodes: float = 0.2
+    # All adapters of a rank together are one earlier, as chance evens out among them.
+    surge_times: float = 1.5
+    surge_nodes: float = 0.25
+    # Requests that wait on a node take from what it can do in the next interval; up to this part.
+    most_strain: float = 0.5

@@ -310,7 +310,10 @@ class ControllerState:
         if self._tick % interval == 0:
             oldest = self._tick - FAILURE_MEMORY_INTERVALS * interval
             self._dirty |= self._failures.forget_before(oldest) | self._moves.new_interval()
-        self._planner.tick(self._tick)
+        strained = any(
+            self._planner.late(n.record.node_id, n.waiting_tokens) for n in self.nodes.values()
+        )
+        self._planner.tick(self._tick, strained)
         return [NodeLost(n.record.node_id, n.record.incarnation) for n in lost]
 
     # Placement
@@ -318,12 +321,17 @@ class ControllerState:
     def _usable(self) -> tuple[NodeCapacity, ...]:
         """Nodes that may get adapters. Where there are fewer failure domains than replicas, a copy
         in the same domain is better than none: every node counts as a domain of its own."""
-        found = [n.capacity for _, n in sorted(self.nodes.items()) if not n.draining]
+        found = [self._able(n) for _, n in sorted(self.nodes.items()) if not n.draining]
         domains = Counter((n.base, n.domain) for n in found)
         several = Counter(base for base, domain in domains if domain)
         several.update(n.base for n in found if not n.domain)
         few = {base for base, count in several.items() if count < self._settings.replicas}
         return tuple(replace(n, domain="") if n.base in few else n for n in found)
+
+    def _able(self, node: Node) -> NodeCapacity:
+        """The node, slower for as long as requests wait there."""
+        able, strain = node.capacity, self._planner.strain(node.record.node_id, node.waiting_tokens)
+        return replace(able, speed=able.speed * (1 - strain)) if strain else able
 
     def _settle(self, spec: AdapterSpec) -> None:
         """A home for what is new."""

@@ -120,15 +120,29 @@ class DemandTracker:
         if not self._of_rank[rank]:
             del self._of_rank[rank]
 
-    def add(self, adapter: AdapterId, prefill_tokens: float, decode_tokens: float) -> None:
-        """Tokens since the sample before. What is negative, not finite or absurd is ignored."""
+    def add(
+        self,
+        adapter: AdapterId,
+        prefill_tokens: float,
+        decode_tokens: float,
+        requests: int | None = None,
+    ) -> None:
+        """Tokens since the sample before; of one request, where there is prefill, unless `requests`
+        says how many. What is negative, not finite or absurd is ignored."""
         if not (0 <= prefill_tokens <= MOST_TOKENS and 0 <= decode_tokens <= MOST_TOKENS):
             self.ignored += 1
             return
         if prefill_tokens or decode_tokens:
             self._prefill[adapter] = self._prefill.get(adapter, 0.0) + prefill_tokens
             self._decode[adapter] = self._decode.get(adapter, 0.0) + decode_tokens
-            self._requests[adapter] = self._requests.get(adapter, 0) + (prefill_tokens > 0)
+            if requests is None:
+                requests = int(prefill_tokens > 0)
+            self._requests[adapter] = self._requests.get(adapter, 0) + requests
+
+    @property
+    def closed_s(self) -> float:
+        """When the last window ended."""
+        return -math.inf if self._closed_s is None else self._closed_s
 
     def close_window(self, now_s: float) -> bool:
         """Folds the counts since the last call into the rates. Whether it did: the first call only

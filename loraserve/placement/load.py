@@ -10,7 +10,8 @@ that takes a share of its demand to a node is read in 1 - exp(-appearances per s
 steps, so spreading an adapter costs reads. Work includes installing an adapter from host memory for
 requests that find it evicted from the device, exp(-requests per second x `kept_s`) of them. A
 proportional engine charges each adapter by its own rank; an engine that pads charges all tokens of
-a node by the largest rank among the adapters that have demand there. A node of speed s has s - step_s / t instead of 1 - step_s / t.
+a node by the largest rank among the adapters that have demand there. A node of speed s has
+s - step_s / t instead of 1 - step_s / t.
 """
 
 from dataclasses import dataclass, field

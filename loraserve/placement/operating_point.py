@@ -7,7 +7,7 @@ Steady state of continuous batching. Requests arrive at rate q (1/s), each of `p
 
 with w the seconds of token work per request (prefill, decode, attention over a context of
 prompt + output / 2, products with the adapters; and installing its adapter where the memory that
-the KV cache leaves does not hold all of them) and a(t) the reads of the distinct adapters of a step.
+the KV cache leaves does not hold them all) and a(t) the reads of the distinct adapters of a step.
 Of A equally wanted adapters a step with B tokens' worth of appearances sees A (1 - exp(-B / A))
 (Poisson arrivals). q grows with t, and so does everything that limits it:
 

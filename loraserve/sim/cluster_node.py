@@ -100,6 +100,7 @@ class ClusterNode:
             demand,
             failed,
             applied_command=self.applied_command,
+            waiting_tokens=self.engine.pending_prefill_tokens,
         )
 
     def load(self) -> ObservedLoad:

@@ -29,6 +29,8 @@ from loraserve.sim.workload import (
 
 # W4: shares of the requests by rank, at the start; at the end they are the other way round.
 DRIFT_SHARES = (0.60, 0.20, 0.10, 0.06, 0.04)
+# Of the adapters of a long tail, by rank.
+TAIL_SHARES = (0.60, 0.20, 0.10, 0.06, 0.04)
 ONE_RANK = 16
 # So long before time 0 are requests known: the controller has been up.
 HISTORY_S = 240.0
@@ -86,6 +88,12 @@ def _uniform(o: Options, rng: np.random.Generator) -> Workload:
 def _zipf(o: Options, rng: np.random.Generator) -> Workload:
     ranks = ranks_by_share(rng, o.adapters)
     return _requests("zipf", o, rng, ranks, _popular(rng, zipf_shares(o.adapters, 1)))
+
+
+def _long_tail(o: Options, rng: np.random.Generator) -> Workload:
+    """Nobody is popular, most are small: a step meets as many adapters as it has requests."""
+    ranks = ranks_by_share(rng, o.adapters, TAIL_SHARES)
+    return _requests("long_tail", o, rng, ranks, _popular(rng, zipf_shares(o.adapters, 0)))
 
 
 def _one_rank(o: Options, rng: np.random.Generator) -> Workload:
@@ -177,6 +185,7 @@ Maker = Callable[[Options, np.random.Generator], Workload]
 WORKLOADS: Mapping[str, Maker] = {
     "uniform": _uniform,
     "zipf": _zipf,
+    "long_tail": _long_tail,
     "hot_large": _hot("hot_large", 128),
     "hot_small": _hot("hot_small", 8),
     "drift": _drift("drift", lambda part: part),
