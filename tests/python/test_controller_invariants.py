@@ -208,9 +208,7 @@ class Cluster(RuleBasedStateMachine):
             since, before = node.told
             copies = {k: s for k, s in node.copies.items() if before.get(k) != s}
             removed = [k for k in before if k not in node.copies]
-        for key, state in node.copies.items():
-            if state.present:
-                self.underway.pop((node_id, key), None)
+        shown = [key for key, state in node.copies.items() if state.present]
         for command_id, _ in failed:
             self.underway = {p: c for p, c in self.underway.items() if c != command_id}
         node.told = (node.generation, dict(node.copies))
@@ -228,6 +226,9 @@ class Cluster(RuleBasedStateMachine):
                 tuple(removed),
             )
         )
+        if node.told is not None:  # else the controller could make nothing of it, and asks again
+            for key in shown:
+                self.underway.pop((node_id, key), None)
         if node_id not in self.state.nodes:
             self.register(node_id, node)
 
