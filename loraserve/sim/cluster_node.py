@@ -40,8 +40,7 @@ class ClusterNode:
         self._decode: dict[int, int] = {}
         # Of requests that the engine has, how many of each rank.
         self._ranks: dict[int, int] = {}
-        self._copies: tuple[Copy, ...] = ()
-        self._copies_of = -1
+        self._told = -1  # the generation
 
     def record(self) -> NodeRecord:
         return NodeRecord(
@@ -66,8 +65,9 @@ class ClusterNode:
             sequence.reported = generated
             self._decode[sequence.adapter] = self._decode.get(sequence.adapter, 0) + tokens
 
-    def beat(self) -> Heartbeat:
-        """What the node says at its next heartbeat."""
+    def beat(self, whole: bool = False) -> Heartbeat:
+        """What the node says at its next heartbeat; of what it holds nothing that it has said
+        before, unless `whole`."""
         steps, decode = self.engine.steps, self._decode
         for sequence in self.engine.decoding_sequences():  # count_decode, written out
             generated = sequence.generated + steps - sequence.start_step
@@ -75,9 +75,13 @@ class ClusterNode:
             if tokens:
                 sequence.reported = generated
                 decode[sequence.adapter] = decode.get(sequence.adapter, 0) + tokens
-        if self._copies_of != self.pool.generation:
-            self._copies_of = self.pool.generation
-            self._copies = tuple(
+        generation, since = self.pool.generation, 0
+        copies: tuple[Copy, ...] = ()
+        if not whole and self._told == generation:
+            since = generation
+        else:
+            self._told = generation
+            copies = tuple(
                 Copy(self._specs[a].adapter, self._specs[a].revision, state)
                 for a, state in self.pool.copies.items()
             )
@@ -95,11 +99,12 @@ class ClusterNode:
         return Heartbeat(
             self.node_id,
             self.incarnation,
-            self.pool.generation,
-            self._copies,
+            generation,
+            copies,
             demand,
             failed,
             applied_command=self.applied_command,
+            since_generation=since,
             waiting_tokens=self.engine.pending_prefill_tokens,
         )
 
@@ -132,7 +137,7 @@ class ClusterNode:
         lost = self.engine.crash(now_s) + self.pool.lose_everything()
         self._prefill, self._decode = {}, {}
         self._ranks.clear()
-        self._copies_of = -1
+        self._told = -1
         self.failed_commands, self.applied_command = [], 0
         return lost
 

@@ -38,8 +38,7 @@ def warm_up(
             # As if told by one of the nodes.
             if demand[tick]:
                 control.step(replace(nodes[0].beat(), demand=demand[tick]))
-            # Nothing happens on the nodes: they only have to be heard before they count as lost.
-            control.tick(nodes if tick % control.settings.silent_ticks == 0 else ())
+            control.tick(nodes)
         _settle(control, nodes)
         if len(windows) == 1 and control.commands == before and number + 1 >= _LEAST_INTERVALS:
             return
