@@ -296,7 +296,11 @@ class Planner:
         assert p is not None
         changed = set()
         interval = self._settings.placement_interval_ticks
-        worth_it = peak(p, p.current) - peak(p, plan.entries) >= self._settings.least_gain
+        now, least = peak(p, p.current), self._settings.least_gain
+        gain = now - peak(p, plan.entries)
+        # Other shares for the copies that are there cost no bytes: even a cluster with little to do
+        # has them.
+        worth_it, worth_shares = gain >= least, gain >= least * min(1.0, now)
         place = {n: i for i, n in enumerate(p.node_ids) if n in since.nodes}
         for spec, planned in answer.changes:
             adapter, before = spec.adapter, self.targets[spec.adapter]
@@ -307,7 +311,9 @@ class Planner:
                 lately = tick - self._moved.get(adapter, NEVER) < interval
                 leaves = not set(before.nodes) <= set(wanted.nodes)
                 shrinks = set(wanted.nodes) < set(before.nodes)
-                if (leaves and lately) or not (worth_it or shrinks):
+                stays = set(wanted.nodes) == set(before.nodes)
+                worth = worth_shares if stays else worth_it or shrinks
+                if (leaves and lately) or not worth:
                     continue
             if before.nodes and not set(wanted.nodes) <= set(before.nodes):
                 self._moved[adapter] = tick

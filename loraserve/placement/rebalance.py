@@ -16,6 +16,8 @@ from loraserve.placement.operating_point import MAX_RANK
 
 # Pieces below this utilisation are not worth a copy.
 LEAST_PIECE = 0.002
+# Nor, of the goal, worth another share of copies that are there.
+LEAST_SHIFT = 0.001
 # Of one node, the entries looked at for shifting shares.
 SHIFTS = 48
 # Copies of one node, one after the other, that find no target before it is left as it is.
@@ -99,9 +101,10 @@ class _Relief:
         book, p = self.book, self.p
         e, adapter, _, features = book.serving(hot)
         charge = self._charges(hot, features)
-        limit = goal - LEAST_PIECE / 2
+        least = LEAST_SHIFT * min(1.0, goal)
+        limit = goal - least
         may_shift, partner = book.partners(e, adapter, limit)
-        able = np.flatnonzero(may_shift & (charge > LEAST_PIECE / 2))
+        able = np.flatnonzero(may_shift & (charge > least))
         order = able[np.argsort(-charge[able], kind="stable")][:SHIFTS]
         numbers = (e[order].tolist(), adapter[order].tolist(), partner[order].tolist())
         for entry, a, other in zip(*numbers, strict=True):
@@ -115,7 +118,7 @@ class _Relief:
             for _, to in sorted(others):
                 self._shift_one(entry, a, to, goal)
                 # A smaller excess is no piece that is worth a shift.
-                if book.load_of(hot) - goal < LEAST_PIECE / 2:
+                if book.load_of(hot) - goal < least:
                     return
 
     def _shift_one(self, e: int, a: int, to: int, goal: float) -> None:
@@ -126,7 +129,7 @@ class _Relief:
             return
         here, there = book.pieces(a, share, source, target)
         part = min(1.0, slack / max(there, 1e-12), excess / max(here, 1e-12))
-        if part * here < LEAST_PIECE / 2:
+        if part * here < LEAST_SHIFT * min(1.0, goal):
             return
         book.set_share(to, max(book.share_of(to), 0.0) + share * part)
         spare = part >= 1 and book.copy_count[a] > self.p.replicas
