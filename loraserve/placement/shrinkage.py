@@ -16,6 +16,8 @@ from loraserve.placement.arrays import Floats, Ints
 
 # So many requests of an adapter count as much as its rank, for the length of requests.
 LENGTH_PRIOR = 10.0
+# Less of an adapter than this is nothing.
+LEAST = 1e-6
 # Shapes beyond say the same: all alike.
 MOST_ALIKE = 1e6
 
@@ -26,7 +28,7 @@ def shrunk(tokens: Floats, requests: Floats, seen: Floats, group: Ints) -> Float
     `requests` per window, smoothed; `seen`: requests that this rests on. Adapters without requests
     keep their tokens."""
     factor = np.ones(len(tokens))
-    counted = np.flatnonzero((requests > 0) & (seen > 0) & (tokens > 0))
+    counted = np.flatnonzero((requests > LEAST) & (seen > LEAST) & (tokens > LEAST))
     if not len(counted):
         return factor
     tokens, requests, seen = tokens[counted], requests[counted], seen[counted]

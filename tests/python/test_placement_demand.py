@@ -106,6 +106,43 @@ def test_a_clock_that_does_not_rise_is_ignored_and_counted(bad: float) -> None:
     assert tracker.rates[A].prefill == pytest.approx(80.0)
 
 
+def test_idle_adapters_share_what_newcomers_get() -> None:
+    """Of 1000 adapters that are wanted alike, half are asked in a window: the next window's tokens
+    go to the other half as well."""
+    tracker, asked, left = started(), 500, 500
+    for i in range(asked + left):
+        tracker.admit(adapter(f"a{i}"), 8)
+    tracker.close_window(1.0)
+    tracker.close_window(2.0)  # none is new any more
+    for i in range(asked):
+        tracker.add(adapter(f"a{i}"), 100, 0, requests=1 if i % 2 else 2)
+    tracker.close_window(3.0)
+    idle = tracker.idle()
+    # The tokens of those asked once are half of all.
+    total = sum(r.prefill for r in tracker.demand().values()) + left * idle[8].prefill
+    assert left * idle[8].prefill == pytest.approx(0.5 * total)
+    assert total == pytest.approx(0.8 * asked * 100)
+    # When nobody new comes, idle ones get nothing.
+    for second in range(4, 12):
+        for i in range(asked):
+            tracker.add(adapter(f"a{i}"), 100, 0)
+        tracker.close_window(float(second))
+    assert tracker.idle() == {}
+
+
+def test_a_shift_between_ranks_is_followed_at_once() -> None:
+    """Though each adapter alone has too few requests to be believed."""
+    tracker = started()
+    for i in range(200):
+        tracker.admit(adapter(f"a{i}"), 8 if i < 100 else 64)
+    for second in range(1, 21):
+        for i in range(200):
+            tracker.add(adapter(f"a{i}"), (100 if second < 20 or i < 100 else 300), 0)
+        tracker.close_window(float(second))
+    large = [r.prefill for a, r in tracker.rates.items() if int(a.name[1:]) >= 100]
+    assert sum(large) == pytest.approx(100 * (0.8 * 300 + 0.2 * 100), rel=0.01)
+
+
 def test_idle_adapters_cost_nothing() -> None:
     tracker = started()
     for i in range(1000):
