@@ -120,7 +120,13 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--make-only", type=Path, metavar="DIR", help="keep a checkpoint there, measure nothing"
+    )
     options = parser.parse_args()
+    if options.make_only:
+        make_checkpoint(options.make_only)
+        return 0
     torch.set_num_threads(options.threads)
     before = os.getloadavg()[0]  # of the machine: over 0 means that others ran beside this
     random = torch.Generator().manual_seed(1)

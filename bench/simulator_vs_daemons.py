@@ -1,17 +1,23 @@
 """The simulator beside the daemons that it stands for: one trace through both.
 
     python bench/simulator_vs_daemons.py --profile bench/results/profile_demo.json [--out FILE]
+    python bench/engine_vs_transformers.py --make-only DIR
+    python bench/simulator_vs_daemons.py --profile bench/results/profile_random_120m.json \\
+        --model DIR/base --adapters DIR/a? --prompts 32 256 --outputs 16 64 --at-once 16 \\
+        --warm-requests 64 --capacity-requests 160 --seconds 20
 
-Two loraserve-node processes with the demo model, one engine thread and one core each, and a
-controller; every node holds all ten adapters. Requests come by a Poisson process (open loop) at a
-part of what a closed loop of many requests gets through. Client and controller share the nodes'
-cores, as there may be no others.
+Two loraserve-node processes, one engine thread and one core each, and a controller; every node
+holds all adapters. Requests come by a Poisson process (open loop) at a part of what a closed loop
+of many requests gets through. Client and controller share the nodes' cores, as there may be no
+others. The controller has the profile that the simulated one has, and both keep the shares that
+they give before anything is asked for: what placement does with demand is not compared here.
 
 What the profile cannot know, because it was measured inside the engine: the time that a served step
 takes around the engine (wake-ups, RPC, the client's work on the same cores). Three numbers stand
 for it, seconds for each step, for each sequence of a step and for the way to a node and back, and
 are fitted on *calibration* windows with other seeds. The windows that are compared are not, and
-both kinds come in turn, so that a slow moment of the machine falls on both alike.
+both kinds come in turn, so that a slow moment of the machine falls on both alike. The simulator
+runs every window with several draws of its routers' choices between nodes.
 """
 
 import argparse
@@ -34,10 +40,11 @@ from scipy.optimize import minimize
 
 from loraserve.client import AsyncClient
 from loraserve.controller.state import Settings
-from loraserve.demo import MODEL_NAME, adapter_directory
+from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
 from loraserve.demo.cluster import Cluster as Daemons
 from loraserve.demo.skills import SKILLS
 from loraserve.errors import LoraServeError
+from loraserve.node.model import cpu_name
 from loraserve.placement.cost_model import Profile
 from loraserve.placement.policies import DEFAULT_POLICY, policy_named
 from loraserve.profiles.files import load_profile
@@ -47,9 +54,61 @@ from loraserve.sim.cluster import Cluster, ClusterSettings
 from loraserve.sim.workload import Workload
 
 NODES = 2
-PROMPTS, OUTPUTS = (16, 128), (8, 64)
-CLOSED_REQUESTS = 48  # at a time, to find the capacity
+PLACEMENT_INTERVAL_S = 3600  # longer than a run
+ROUTINGS = 3  # draws of the simulated routers' choices for a window
 QUANTILES = (10, 25, 50, 75, 90, 95)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    name: str
+    path: Path
+    rank: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is served, and the least and most tokens of prompts and answers."""
+
+    model: Path
+    base: str
+    adapters: tuple[Adapter, ...]
+    prompts: tuple[int, int]
+    outputs: tuple[int, int]
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Subject":
+        lengths = tuple(options.prompts), tuple(options.outputs)
+        if options.model is None:
+            skills = [Adapter(s.name, adapter_directory(s.name), s.rank) for s in SKILLS]
+            return cls(MODEL_DIRECTORY, MODEL_NAME, tuple(skills), *lengths)
+        adapters = []
+        for path in options.adapters:
+            rank = json.loads((path / "adapter_config.json").read_text())["r"]
+            adapters.append(Adapter(path.name, path, rank))
+        return cls(options.model, options.model.resolve().name, tuple(adapters), *lengths)
+
+    def trace(self, rate: float, seconds: float, seed: int) -> Workload:
+        """Zipf over the adapters, lengths uniform."""
+        rng = np.random.default_rng(seed)
+        times = np.cumsum(rng.exponential(1 / rate, int(rate * seconds * 2) + 20))
+        times = times[times < seconds]
+        count = len(self.adapters)
+        shares = 1 / np.arange(1, count + 1)
+        return Workload(
+            "poisson",
+            tuple(adapter.rank for adapter in self.adapters),
+            times,
+            rng.choice(count, len(times), p=shares / shares.sum()),
+            rng.integers(self.prompts[0], self.prompts[1] + 1, len(times)),
+            rng.integers(self.outputs[0], self.outputs[1] + 1, len(times)),
+            seconds,
+        )
+
+    def mix(self) -> tuple[float, float, int]:
+        """Mean tokens of a prompt and an answer, adapters of a node: the controller's options."""
+        each = max(1, round(len(self.adapters) / NODES))
+        return sum(self.prompts) / 2, sum(self.outputs) / 2, each
 
 
 @dataclass(frozen=True)
@@ -84,23 +143,6 @@ class Served:
         }
 
 
-def trace(rate: float, seconds: float, seed: int) -> Workload:
-    """Zipf over the adapters, lengths uniform."""
-    rng = np.random.default_rng(seed)
-    times = np.cumsum(rng.exponential(1 / rate, int(rate * seconds * 2) + 20))
-    times = times[times < seconds]
-    shares = 1 / np.arange(1, len(SKILLS) + 1)
-    return Workload(
-        "poisson",
-        tuple(skill.rank for skill in SKILLS),
-        times,
-        rng.choice(len(SKILLS), len(times), p=shares / shares.sum()),
-        rng.integers(PROMPTS[0], PROMPTS[1] + 1, len(times)),
-        rng.integers(OUTPUTS[0], OUTPUTS[1] + 1, len(times)),
-        seconds,
-    )
-
-
 # The daemons
 
 
@@ -112,12 +154,24 @@ def pin(pid: int, core: int) -> None:
 
 
 @contextlib.asynccontextmanager
-async def cluster(controller_options: list[str]) -> Any:
+async def cluster(subject: Subject, profile: str) -> Any:
+    prompt, output, adapters = subject.mix()
+    control = {
+        "--replicas": NODES,
+        "--profile": profile,
+        "--profile-base": subject.base,
+        "--prompt": prompt,
+        "--output": output,
+        "--node-adapters": adapters,
+        "--placement-interval": PLACEMENT_INTERVAL_S,
+    }
     with tempfile.TemporaryDirectory() as directory:
         daemons = Daemons(
             Path(directory),
             NODES,
-            controller_options=["--replicas", str(NODES), *controller_options],
+            model=subject.model,
+            base=subject.base,
+            controller_options=[str(word) for pair in control.items() for word in pair],
             node_options=["--threads", "1"],
         )
         async with daemons, AsyncClient(daemons.address) as client:
@@ -125,10 +179,11 @@ async def cluster(controller_options: list[str]) -> Any:
             for index, node in enumerate(daemons.nodes.values()):
                 pin(node.process.pid, cores[index % len(cores)])
             await client.wait_routable(())
-            for skill in SKILLS:
-                await client.adapters.add(skill.name, adapter_directory(skill.name))
-            names = [skill.name for skill in SKILLS]
-            await client.wait_routable(names)
+            for adapter in subject.adapters:
+                # Random adapters name the folder that their base was made in.
+                await client.adapters.add(adapter.name, adapter.path, allow_base_mismatch=True)
+            names = [adapter.name for adapter in subject.adapters]
+            await client.wait_routable(names, timeout_s=120)
             while any(
                 len(route.revisions[0].holders) < NODES for route in client.routes.adapters.values()
             ):
@@ -139,11 +194,14 @@ async def cluster(controller_options: list[str]) -> Any:
 class Requests:
     """Sends requests of a workload and keeps their times."""
 
-    def __init__(self, client: AsyncClient, work: Workload, seed: int) -> None:
+    def __init__(
+        self, client: AsyncClient, adapters: Sequence[Adapter], work: Workload, seed: int
+    ) -> None:
         self._client = client
-        self._work = work
+        self._names = [adapter.name for adapter in adapters]
+        self.work = work
         rng = np.random.default_rng(seed)
-        # Letters, so that prompts differ and no prefix is found.
+        # Ids of letters in the demo model; drawn, so that no prefix is found.
         self._prompts = [rng.integers(97, 123, n).tolist() for n in work.prompt_tokens]
         self.ttft_s = np.full(len(work), np.nan)
         self.tpot_s = np.full(len(work), np.nan)
@@ -151,9 +209,9 @@ class Requests:
         self.begin_s = self.last_s = 0.0
 
     async def one(self, i: int, due_s: float) -> None:
-        output = int(self._work.output_tokens[i])
+        output = int(self.work.output_tokens[i])
         params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-        name = SKILLS[int(self._work.adapter[i])].name
+        name = self._names[int(self.work.adapter[i])]
         first_s = None
         try:
             stream = self._client.stream(self._prompts[i], params, adapter=name, timeout_s=60)
@@ -173,17 +231,17 @@ class Requests:
     async def open_loop(self) -> Served:
         self.begin_s = time.monotonic()
         tasks = []
-        for i, at_s in enumerate(self._work.time_s.tolist()):
+        for i, at_s in enumerate(self.work.time_s.tolist()):
             await asyncio.sleep(max(0.0, self.begin_s + at_s - time.monotonic()))
             tasks.append(asyncio.create_task(self.one(i, self.begin_s + at_s)))
         await asyncio.gather(*tasks)
         good = ~np.isnan(self.ttft_s)
-        span_s = max(self._work.duration_s, self.last_s - self.begin_s)
+        span_s = max(self.work.duration_s, self.last_s - self.begin_s)
         return Served(self.ttft_s[good], self.tpot_s[good], self.tokens, span_s, self.failed)
 
     async def closed_loop(self, at_once: int) -> float:
         """Requests per second."""
-        left: Iterator[int] = iter(range(len(self._work)))
+        left: Iterator[int] = iter(range(len(self.work)))
 
         async def worker() -> None:
             for i in left:
@@ -191,19 +249,20 @@ class Requests:
 
         begin_s = time.monotonic()
         await asyncio.gather(*[worker() for _ in range(at_once)])
-        return len(self._work) / (time.monotonic() - begin_s)
+        return len(self.work) / (time.monotonic() - begin_s)
 
 
 # The simulator
 
 
-def simulated(profile: Profile, work: Workload, network_s: float) -> Served:
+def simulated(profile: Profile, work: Workload, network_s: float, seed: int) -> Served:
     settings = ClusterSettings(
         nodes=NODES,
         clients=1,
         network_s=network_s,
-        control=Settings(replicas=NODES),
+        control=Settings(replicas=NODES, placement_interval_ticks=PLACEMENT_INTERVAL_S),
         warm=False,  # as the daemons: nobody has told the controller what will be asked
+        seed=seed,
     )
     load = load_model(profile, settings.slo, work, NODES)
     run = Cluster(work, profile, policy_named(DEFAULT_POLICY), load, settings)
@@ -220,7 +279,9 @@ def simulated(profile: Profile, work: Workload, network_s: float) -> Served:
 
 
 def simulated_windows(profile: Profile, windows: Sequence[Workload], network_s: float) -> Served:
-    return Served.pooled([simulated(profile, work, network_s) for work in windows])
+    return Served.pooled(
+        [simulated(profile, work, network_s, seed) for work in windows for seed in range(ROUTINGS)]
+    )
 
 
 def with_overhead(profile: Profile, step_s: float, sequence_s: float) -> Profile:
@@ -248,7 +309,7 @@ def calibrate(
 
     start = np.log([3e-4, 1e-4, 1e-3])
     simplex = np.vstack([start, *(start + step for step in np.eye(3))])
-    options = {"maxfev": 40, "initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-5}
+    options = {"maxfev": 80, "initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-5}
     best = minimize(error, start, method="Nelder-Mead", options=options).x
     step_s, sequence_s, network_s = np.exp(np.clip(best, -14, -3)).tolist()
     return step_s, sequence_s, network_s
@@ -266,22 +327,26 @@ def commit() -> str:
 
 
 async def measured(options: argparse.Namespace) -> dict[str, Any]:
-    profile = replace(load_profile(options.profile), base=MODEL_NAME)
+    subject = Subject.of(options)
+    profile = replace(load_profile(options.profile), base=subject.base)
     seed = options.seed
-    async with cluster([]) as client:
-        warm = trace(100.0, 2.0, seed + 1)
-        await Requests(client, warm, seed + 1).closed_loop(8)
-        full = trace(100.0, options.capacity_requests / 100.0, seed + 2)
-        capacity = await Requests(client, full, seed + 2).closed_loop(CLOSED_REQUESTS)
+
+    def window(client: AsyncClient, rate: float, seconds: float, part: int) -> Requests:
+        work = subject.trace(rate, seconds, seed + part)
+        return Requests(client, subject.adapters, work, seed + part)
+
+    async with cluster(subject, options.profile) as client:
+        await window(client, 100.0, options.warm_requests / 100.0, 1).closed_loop(8)
+        full = window(client, 100.0, options.capacity_requests / 100.0, 2)
+        capacity = await full.closed_loop(options.at_once)
         rate = options.load * capacity
         print(f"capacity {capacity:.1f} requests/s, so {rate:.1f}", file=sys.stderr)
         loads = [load_average()]
         kinds: dict[str, list[tuple[Workload, Served]]] = {"calibration": [], "compared": []}
         for number in range(2 * options.windows):
             kind = ("calibration", "compared")[number % 2]
-            work = trace(rate, options.seconds, seed + 3 + number)
-            served = await Requests(client, work, seed + 3 + number).open_loop()
-            kinds[kind].append((work, served))
+            requests = window(client, rate, options.seconds, 3 + number)
+            kinds[kind].append((requests.work, await requests.open_loop()))
             loads.append(load_average())
     fitted_on, compared = ([w for w, _ in kinds[k]] for k in kinds)
     calibration, served = (Served.pooled([s for _, s in kinds[k]]) for k in kinds)
@@ -293,9 +358,12 @@ async def measured(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": " ".join(["python", "bench/simulator_vs_daemons.py", *sys.argv[1:]]),
         "commit": commit(),
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "machine": {"platform": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count()},
         "load_average_before_and_after_each_window": loads,
         "profile": {"name": profile.name, "source": profile.source, "cost": asdict(profile.cost)},
+        "adapter_ranks": [adapter.rank for adapter in subject.adapters],
+        "tokens_of_prompts_and_answers": [subject.prompts, subject.outputs],
+        "simulated_routings_of_a_window": ROUTINGS,
         "fitted_on_the_calibration_windows": {
             "step_s": step_s,
             "sequence_s": sequence_s,
@@ -308,23 +376,37 @@ async def measured(options: argparse.Namespace) -> dict[str, Any]:
         "daemons": real,
         "simulator": ours,
         "simulator_without_the_fitted_overhead": bare,
-        "simulator_over_daemons": {
-            k: ours[k] / real[k] for k in real if k not in ("requests", "failed")
-        },
+        "simulator_over_daemons": ratios(ours, real),
+        "simulator_over_daemons_by_window": [
+            ratios(simulated_windows(fitted, [work], network_s).numbers(), one.numbers())
+            for work, one in kinds["compared"]
+        ],
     }
+
+
+def ratios(ours: dict[str, float], real: dict[str, float]) -> dict[str, float]:
+    return {k: ours[k] / real[k] for k in real if k not in ("requests", "failed")}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--profile", required=True, help="of the demo model, taken with one thread on one core")
+    add("--profile", required=True, help="of the model, taken with one thread on one core")
+    add("--model", type=Path, help="Hugging Face directory; without one the demo's")
+    add("--adapters", type=Path, nargs="+", default=[], help="PEFT directories, most asked first")
+    add("--prompts", type=int, nargs=2, default=(16, 128), help="least and most tokens")
+    add("--outputs", type=int, nargs=2, default=(8, 64), help="least and most tokens")
     add("--windows", type=int, default=4, help="of each kind")
     add("--seconds", type=float, default=15.0, help="of a window")
+    add("--warm-requests", type=int, default=200)
     add("--capacity-requests", type=int, default=600)
+    add("--at-once", type=int, default=48, help="requests, to find the capacity")
     add("--load", type=float, default=0.6, help="of the capacity")
     add("--seed", type=int, default=1)
     add("--out", type=Path)
     options = parser.parse_args()
+    if (options.model is None) != (not options.adapters):
+        parser.error("--model and --adapters go together")
     text = json.dumps(asyncio.run(measured(options)), indent=2)
     print(text)
     if options.out:
