@@ -150,7 +150,8 @@ async def placement_in_a_thread(cluster: Cluster, demand_of: list[AdapterSpec]) 
 
     for spec in demand_of:
         state._planner.count(spec.adapter, 500, 100)
-    closing = timed(lambda: state._planner._close_window(state._tick + 1.5))
+    state._planner._gather()
+    closing = timed(lambda: state._planner._demand.close_window(state._tick + 1.5))
     state._planner.request(state._tick)
     state._defers_placement = True
     begin = time.perf_counter()

@@ -1,13 +1,14 @@
 """loraserve-controller: reads the command line, runs the controller until SIGTERM or SIGINT."""
 
 import argparse
+import gc
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loraserve.controller.server import ControllerOptions, ControllerServer
+from loraserve.controller.server import GC_THRESHOLDS, ControllerOptions, ControllerServer
 from loraserve.controller.state import Settings
 from loraserve.daemon import DaemonParser, run_daemon
 from loraserve.placement.cost_model import Slo
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
     arguments = _parser().parse_args(argv)
     _check(arguments)
-
+    gc.set_threshold(*GC_THRESHOLDS)
     return run_daemon(
         "loraserve-controller", arguments, _log, lambda: ControllerServer(_options(arguments))
     )

@@ -29,14 +29,16 @@ from loraserve.placement.types import (
 
 @dataclass(frozen=True, eq=False)
 class PlacementQuestion:
-    """`nodes`: those that may get adapters, by id. `idle`: by rank, the demand of each adapter that
-    `demand` does not name. `current`: the targets as they are, and where
-    adapters that have none are found all the same. `displaced`: those, and adapters with a target
-    on a node that has gone: what `current` says of them is not what is wanted."""
+    """`nodes`: those that may get adapters, by id. `strain`: the part of some nodes that is taken
+    already. `idle`: by rank, the demand of each adapter that `demand` does not name. `current`: the
+    targets as they are, and where adapters that have none are found all the same. `displaced`:
+    those, and adapters with a target on a node that has gone: what `current` says of them is not
+    what is wanted."""
 
     policy: PlacementPolicy
     rows: Rows
     nodes: tuple[NodeCapacity, ...]
+    strain: Mapping[str, float]
     demand: Mapping[AdapterId, Demand]
     idle: Mapping[int, Demand]
     current: Mapping[AdapterId, Target]
@@ -71,6 +73,10 @@ def solve(question: PlacementQuestion) -> PlacementAnswer:
             question.limits,
             question.idle,
         )
+        whole = p
+        if question.strain:
+            left = [1 - question.strain.get(n, 0.0) for n in p.node_ids]
+            p = replace(p, speed=p.speed * np.array(left))
         plan = _plan(p, question)
     except LoraServeError as error:
         return PlacementAnswer(question, f"placement failed, all stays where it is: {error}")
@@ -82,7 +88,9 @@ def solve(question: PlacementQuestion) -> PlacementAnswer:
     wanted = {}
     for row, base in enumerate(p.bases):
         adapters = np.flatnonzero(p.adapter_base == row)
-        wanted[base] = wanted_nodes(part_of(p, adapters, np.flatnonzero(p.node_base == row)))
+        nodes = np.flatnonzero(p.node_base == row)
+        # What waits will be gone: it is not what nodes are bought for.
+        wanted[base] = wanted_nodes(part_of(whole, adapters, nodes))
     return PlacementAnswer(
         question,
         "",

@@ -39,12 +39,14 @@ NEVER = -(1 << 60)
 @dataclass(frozen=True)
 class Cluster:
     """What a placement starts from. `nodes`: those that may get adapters, by id. `held`: where
-    adapters that are wanted nowhere are found all the same."""
+    adapters that are wanted nowhere are found all the same. `strain`: by node, the part of it that
+    requests which wait there take."""
 
     nodes: tuple[NodeCapacity, ...]
     held: Mapping[AdapterId, Target]
     forbidden: frozenset[tuple[AdapterId, str]]
     byte_budget: int | None
+    strain: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Planner:
         self.placements = 0
         self._ranks: dict[str, int] = {}
         self._moved: dict[AdapterId, int] = {}
-        self._demand = DemandTracker()
+        self._demand = DemandTracker(settings.placement_interval_ticks * settings.tick_seconds)
         self._demand.close_window(0.0)
         for spec in catalog.specs():
             self._demand.admit(spec.adapter, spec.max_rank)
@@ -140,27 +142,21 @@ class Planner:
                     self.request(tick)
             self._gather()
 
-    def _wait_s(self, node_id: str, tokens: int) -> float:
-        """How long a node has to work for requests with so many prompt tokens, at its operating
-        point."""
-        if not tokens:
-            return 0.0
+    def strain(self, node: NodeCapacity, waiting_tokens: int) -> float:
+        """The part of an interval that the node needs for requests with so many prompt tokens, at
+        its operating point; 0 where they still get their first token within the SLO."""
         mix, points = self._load.mix, self._load.points
-        rank = min(self._ranks.get(node_id, 0), MAX_RANK)
+        rank = min(self._ranks.get(node.node_id, 0), MAX_RANK)
         rate = float(points.tokens_per_s[rank]) or 1.0
-        return tokens * (1 + mix.output / mix.prompt) / rate
-
-    def late(self, node_id: str, waiting_tokens: int) -> bool:
-        """Whether what waits on the node has no first token within the SLO."""
-        return self._wait_s(node_id, waiting_tokens) > self._load.slo.ttft_p95_s
-
-    def strain(self, node_id: str, waiting_tokens: int) -> float:
-        """The part of an interval that the node needs for what waits there, where that is late."""
-        if not self.late(node_id, waiting_tokens):
+        able = float(self._load.capacity(np.array([node.speed]))[0])
+        wait_s = waiting_tokens * (1 + mix.output / mix.prompt) / (rate * able)
+        if wait_s <= self._load.slo.ttft_p95_s:
             return 0.0
         settings = self._settings
-        interval_s = settings.placement_interval_ticks * settings.tick_seconds
-        return min(settings.most_strain, self._wait_s(node_id, waiting_tokens) / interval_s)
+        return min(
+            settings.most_strain,
+            wait_s / (settings.placement_interval_ticks * settings.tick_seconds),
+        )
 
     def _gather(self) -> None:
         for adapter, (prefill, decode, requests) in self._surges.take().items():
@@ -225,6 +221,7 @@ class Planner:
                 self._policy,
                 self._catalog.rows(),
                 cluster.nodes,
+                cluster.strain,
                 self._demand.demand(),
                 self._demand.idle(),
                 {**self.targets.all, **cluster.held},
@@ -299,8 +296,9 @@ class Planner:
         now, least = peak(p, p.current), self._settings.least_gain
         gain = now - peak(p, plan.entries)
         # Other shares for the copies that are there cost no bytes: even a cluster with little to do
-        # has them.
-        worth_it, worth_shares = gain >= least, gain >= least * min(1.0, now)
+        # has them. Where nobody has asked for anything, as after a restart, nothing is known.
+        known = now > 0
+        worth_it, worth_shares = gain >= least, known and gain >= least * min(1.0, now)
         place = {n: i for i, n in enumerate(p.node_ids) if n in since.nodes}
         for spec, planned in answer.changes:
             adapter, before = spec.adapter, self.targets[spec.adapter]
@@ -310,7 +308,7 @@ class Planner:
             if self._may_stay(p, place, rows.row[adapter], before, wanted):
                 lately = tick - self._moved.get(adapter, NEVER) < interval
                 leaves = not set(before.nodes) <= set(wanted.nodes)
-                shrinks = set(wanted.nodes) < set(before.nodes)
+                shrinks = known and set(wanted.nodes) < set(before.nodes)
                 stays = set(wanted.nodes) == set(before.nodes)
                 worth = worth_shares if stays else worth_it or shrinks
                 if (leaves and lately) or not worth:

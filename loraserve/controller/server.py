@@ -34,6 +34,9 @@ from loraserve.wire import SERVER_OPTIONS, bind, split_address
 
 _log = logging.getLogger(__name__)
 
+# For the process of a controller: what it reads at its start and what nodes report then stays, and
+# looking for garbage in hundreds of thousands of records again and again, while they come, took a
+# third of a restart.
 GC_THRESHOLDS = (50_000, 20, 100)
 SERVICES = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
@@ -100,9 +103,6 @@ class ControllerServer:
             self._blobs = DurableStore(options.store or str(options.data_dir / "adapters"))
         except OSError as error:
             raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
-        # What is read here and what nodes report then stays: looking for garbage in hundreds of
-        # thousands of records again and again, while they come, took a third of a restart.
-        gc.set_threshold(*GC_THRESHOLDS)
         # First of all, as its lock keeps a second controller away from what the first one writes.
         self._store = SqliteStore(options.data_dir / "controller.sqlite")
         self.metrics = ControllerMetrics()
@@ -140,7 +140,7 @@ class ControllerServer:
         )
         costs = None
         if routed_by_rank(options.policy):
-            own, padded = default_load_model().profile.cost.per_rank()
+            own, padded = (options.load or default_load_model()).profile.cost.per_rank()
             costs = controller_pb2.RankCosts(own=own, padded=padded)
         controller_pb2_grpc.add_ControllerServiceServicer_to_server(
             ControllerServicer(self.runtime, self.metrics, costs), self._server

@@ -310,10 +310,7 @@ class ControllerState:
         if self._tick % interval == 0:
             oldest = self._tick - FAILURE_MEMORY_INTERVALS * interval
             self._dirty |= self._failures.forget_before(oldest) | self._moves.new_interval()
-        strained = any(
-            self._planner.late(n.record.node_id, n.waiting_tokens) for n in self.nodes.values()
-        )
-        self._planner.tick(self._tick, strained)
+        self._planner.tick(self._tick, bool(self._strain()))
         return [NodeLost(n.record.node_id, n.record.incarnation) for n in lost]
 
     # Placement
@@ -321,17 +318,22 @@ class ControllerState:
     def _usable(self) -> tuple[NodeCapacity, ...]:
         """Nodes that may get adapters. Where there are fewer failure domains than replicas, a copy
         in the same domain is better than none: every node counts as a domain of its own."""
-        found = [self._able(n) for _, n in sorted(self.nodes.items()) if not n.draining]
+        found = [n.capacity for _, n in sorted(self.nodes.items()) if not n.draining]
         domains = Counter((n.base, n.domain) for n in found)
         several = Counter(base for base, domain in domains if domain)
         several.update(n.base for n in found if not n.domain)
         few = {base for base, count in several.items() if count < self._settings.replicas}
         return tuple(replace(n, domain="") if n.base in few else n for n in found)
 
-    def _able(self, node: Node) -> NodeCapacity:
-        """The node, slower for as long as requests wait there."""
-        able, strain = node.capacity, self._planner.strain(node.record.node_id, node.waiting_tokens)
-        return replace(able, speed=able.speed * (1 - strain)) if strain else able
+    def _strain(self) -> dict[str, float]:
+        """Of nodes that are heard and where more waits than the SLO allows: the part of an interval
+        that they need for it."""
+        strain = (
+            (node_id, self._planner.strain(n.capacity, n.waiting_tokens))
+            for node_id, n in self.nodes.items()
+            if n.waiting_tokens and n.heard and not n.draining
+        )
+        return {node_id: part for node_id, part in strain if part}
 
     def _settle(self, spec: AdapterSpec) -> None:
         """A home for what is new."""
@@ -357,7 +359,11 @@ class ControllerState:
                 if adapter not in self._targets.all and (copies := self.copies(adapter)):
                     held[adapter] = target(tuple(n for n, _ in copies))
         cluster = Cluster(
-            self._usable(), held, self._failures.forbidden(), self._moves.budget_left()
+            self._usable(),
+            held,
+            self._failures.forbidden(),
+            self._moves.budget_left(),
+            self._strain(),
         )
         question = self._planner.question(cluster, self._tick)
         if self._defers_placement:

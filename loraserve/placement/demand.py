@@ -1,9 +1,10 @@
 """What each adapter will ask for next: smoothed rates with headroom, and a guess for new adapters.
 
-EWMA with weight 0.8 on the newest window, no trend and no season: on public traces those forecast
-worse (`last value` and EWMA 0.7 to 0.9 were best for windows of 1 to 10 minutes). For hot adapters
-the mean absolute deviation of the forecast is added. A window costs O(adapters that were active in
-it or lately): a rate that fell under the floor is forgotten until the adapter is active again.
+EWMA with weight 0.8 on the newest window, less for adapters with few requests; no trend and no
+season: on public traces those forecast worse (`last value` and EWMA 0.7 to 0.9 were best for
+windows of 1 to 10 minutes). For hot adapters the mean absolute deviation of the forecast is added.
+A window costs O(adapters that were active in it or lately): a rate that fell under the floor, or
+rests on next to no requests, is forgotten until the adapter is active again.
 """
 
 import math
@@ -46,30 +47,34 @@ class _Rate:
     deviation: float = 0.0
     """Mean absolute error of the forecast of their sum."""
     requests: float = 0.0
-    """In a window: samples with prefill, so at most one for each node and heartbeat."""
+    """In a usual window: samples with prefill, so at most one for each node and heartbeat."""
     seen: float = 0.0
     """Requests that the rates rest on: a count whose weights fall as those of the rates do."""
 
-    def update(self, prefill: float, decode: float, requests: int, scale: float) -> None:
-        """By a window's tokens/s; `scale` makes the forecast of the rate."""
+    def update(
+        self, prefill: float, decode: float, requests: int, scale: float, part: float
+    ) -> None:
+        """By the tokens/s of a window that is this part of a usual one, and its requests; `scale`
+        makes the forecast of the rate."""
         tokens, before = prefill + decode, self.prefill + self.decode
         self.deviation = _smooth(self.deviation, abs(tokens - scale * before))
-        weight = self._weight(tokens, before)
+        weight = self._weight(tokens, before, part)
         self.prefill = _smooth(self.prefill, prefill, weight)
         self.decode = _smooth(self.decode, decode, weight)
-        self.requests = _smooth(self.requests, requests, weight)
+        self.requests = _smooth(self.requests, requests / part, weight)
         self.seen = (1 - weight) * self.seen + requests
 
-    def _weight(self, tokens: float, before: float) -> float:
+    def _weight(self, tokens: float, before: float, part: float) -> float:
         """Of a window with so many tokens/s."""
         if not before or not self.requests:
             return NEWEST_WEIGHT
-        # Tokens of n requests, each of `before / requests`, are off by sqrt(n) of these.
-        one = before / self.requests
-        if abs(tokens - before) > SURPRISE * one * max(1.0, self.requests) ** 0.5:
+        expected = self.requests * part
+        # In requests of the usual size; n of them are off by sqrt(n).
+        came = expected * tokens / before
+        if abs(came - expected) > SURPRISE * max(1.0, expected) ** 0.5:
             return NEWEST_WEIGHT
-        trusted = NEWEST_WEIGHT * self.requests / (self.requests + HALF_TRUSTED)
-        return max(LEAST_WEIGHT, trusted)
+        trusted = NEWEST_WEIGHT * expected / (expected + HALF_TRUSTED)
+        return max(LEAST_WEIGHT * part, trusted)
 
 
 class DemandTracker:
@@ -83,8 +88,11 @@ class DemandTracker:
     those seen for the first time, and once, in the newest window (Good, The population frequencies
     of species, Biometrika 40, 1953)."""
 
-    def __init__(self) -> None:
+    def __init__(self, window_s: float = 0.0) -> None:
+        """`window_s`: the length of a usual window; shorter ones say less of single adapters. 0:
+        all are usual."""
         self.ignored = 0
+        self._window_s = window_s
         self._rates: dict[AdapterId, _Rate] = {}
         self._prefill: dict[AdapterId, float] = {}
         self._decode: dict[AdapterId, float] = {}
@@ -94,7 +102,7 @@ class DemandTracker:
         self._factors: dict[AdapterId, float] = {}
         self._ranks: dict[AdapterId, int] = {}
         self._of_rank: dict[int, int] = {}
-        self._new: dict[AdapterId, int] = {}
+        self._new: dict[AdapterId, float] = {}
         self._closed_s: float | None = None
 
     def admit(self, adapter: AdapterId, rank: int) -> None:
@@ -155,6 +163,7 @@ class DemandTracker:
         if last is None:
             return False
         seconds = now_s - last
+        part = min(1.0, seconds / self._window_s) if self._window_s else 1.0
         factors = self._factors
         first_seen = [a for a in self._prefill if a not in self._rates]
         for adapter in self._prefill:
@@ -167,7 +176,7 @@ class DemandTracker:
             decode = self._decode.get(adapter, 0.0) / seconds
             requests = self._requests.get(adapter, 0)
             rank = self._ranks.get(adapter, 0)
-            rate.update(prefill, decode, requests, factors.get(adapter, 1.0))
+            rate.update(prefill, decode, requests, factors.get(adapter, 1.0), part)
             if rate.prefill + rate.decode < FLOOR or (
                 rate.requests < LEAST_REQUESTS and adapter not in self._prefill
             ):
@@ -184,7 +193,7 @@ class DemandTracker:
             for rank, (prefill, decode) in of_rank.items()
             for old in [self._rank_rates.get(rank, none)]
         }
-        self._new = {a: left - 1 for a, left in self._new.items() if left > 1}
+        self._new = {a: left - part for a, left in self._new.items() if left > part}
         self._prefill, self._decode, self._requests = {}, {}, {}
         self._factors = self._forecast()
         return True

@@ -38,6 +38,8 @@ class Plan:
     interval_s: float = 60.0
 
 
+# Lengths "uniform" and thousands of adapters as in S-LoRA's tests: there steps meet many adapters,
+# which is where ranks cost. Four minutes each, so that two cores do all of it within an hour.
 CASES = (
     Case("uniform", "uniform"),
     Case("uniform-2000", "uniform", adapters=2000, lengths="uniform"),

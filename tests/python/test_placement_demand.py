@@ -161,3 +161,42 @@ def test_bursts_are_those_far_over_the_plan() -> None:
     c, d = adapter("c"), adapter("d")
     now = {A: Demand(30, 20), B: Demand(300, 0), c: Demand(0, 5), d: Demand(0, 0.5)}
     assert bursts(now, planned) == [A, c]
+
+
+def test_a_short_window_says_little_of_single_adapters() -> None:
+    """Five seconds in which a few of many adapters happen to be asked change none of them much; an
+    adapter that is asked far more than it can be by chance is believed."""
+    tracker = DemandTracker(60.0)
+    tracker.close_window(0.0)
+    for minute in range(1, 9):
+        for i in range(200):
+            tracker.admit(adapter(f"a{i}"), 8)
+            tracker.add(adapter(f"a{i}"), 400, 0, requests=4)
+        tracker.close_window(60.0 * minute)
+    calm = tracker.rates[adapter("a0")].prefill
+    assert calm == pytest.approx(400 / 60, rel=0.01)
+    for i in range(66):
+        tracker.add(adapter(f"a{i}"), 100, 0, requests=1)
+    tracker.add(adapter("a199"), 100 * 60, 0, requests=60)
+    tracker.close_window(485.0)
+    rates = {a.name: r.prefill for a, r in tracker.rates.items()}
+    few = [rates[f"a{i}"] for i in range(66)]
+    none = [rates[f"a{i}"] for i in range(66, 199)]
+    assert max(few) < 1.2 * min(none)
+    assert rates["a199"] > 20 * min(none)
+
+
+def test_a_prior_lasts_two_usual_windows() -> None:
+    tracker = DemandTracker(60.0)
+    tracker.close_window(0.0)
+    tracker.admit(A, 8)
+    tracker.admit(B, 8)
+    tracker.add(B, 1000, 0)
+    for end in (60.0, 65.0, 70.0):
+        tracker.add(B, 1000, 0)
+        tracker.close_window(end)
+        assert A in tracker.demand()
+    for end in (130.0, 190.0):
+        tracker.add(B, 1000, 0)
+        tracker.close_window(end)
+    assert A not in tracker.demand()
