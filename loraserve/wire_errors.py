@@ -62,8 +62,16 @@ def _stale_route(field: str, message: str, facts: Mapping[str, str]) -> StaleRou
     """A peer that gives no sense gives no holders."""
     holders = tuple(filter(None, facts.get("holders", "").split(",")))
     epoch, _, version = facts.get("routes", "").partition(".")
-    known = epoch.isdecimal() and version.isdecimal()
-    return StaleRouteError(field, message, holders, (int(epoch), int(version)) if known else (0, 0))
+    numbers = _uint64(epoch), _uint64(version)
+    known = (0, 0) if None in numbers else cast(tuple[int, int], numbers)
+    return StaleRouteError(field, message, holders, known)
+
+
+def _uint64(digits: str) -> int | None:
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 20):
+        return None
+    value = int(digits)
+    return value if value < 1 << 64 else None
 
 
 def to_status(error: LoraServeError) -> status_pb2.Status:

@@ -48,6 +48,15 @@ class Site:
     budget: RetryBudget
 
 
+@dataclass(frozen=True)
+class _Hint:
+    """What a node that turned the request away knew of the holders of a revision."""
+
+    revision: str | None = None
+    version: tuple[int, int] = (0, 0)
+    holders: frozenset[str] = frozenset()
+
+
 def _check_timeout(timeout_s: float | None) -> None:
     """Raises InvalidArgumentError. Zero and less have passed already, which is no mistake."""
     if timeout_s is not None and not timeout_s <= LONGEST_TIMEOUT_S:
@@ -73,8 +82,9 @@ class RequestRun:
         self._trusts_table = True
         # Nodes that turned the request away, with the revision that they do not hold.
         self._stale: dict[str, str | None] = {}
-        self._hinted: frozenset[str] = frozenset()
-        self._hint_version = (0, 0)
+        self._hint = _Hint()
+        # Nobody may turn the request away any more.
+        self._on_demand = False
 
     @property
     def attempts(self) -> int:
@@ -122,7 +132,8 @@ class RequestRun:
         if watch is not None:
             await watch.first_table(min(self._left() or FIRST_TABLE_WAIT_S, FIRST_TABLE_WAIT_S))
         route = self._route_now()
-        if watch is not None and not self._log.started and not self._avoid:
+        first = not (self._log.started or self._avoid or self._on_demand)
+        if watch is not None and first:
             await self._wait_for_holder(watch, route)
         node = site.router.pick(route)
         if node is None and route.avoid:
@@ -137,24 +148,26 @@ class RequestRun:
         """The route that the next attempt wants."""
         wanted = self._log.revision or self._routed_revision()
         stale = {n for n, revision in self._stale.items() if revision == wanted}
+        table, hint = self._site.router.table, self._hint
+        newer = hint.revision == wanted and hint.version > (table.epoch, table.version)
         return RouteRequest(
             self._log.base,
             self._route.adapter,
             self._log.revision,
             frozenset(self._avoid | stale),
-            hinted=self._hinted,
+            hinted=hint.holders if newer else None,
         )
 
     def _routes_of(self, node: NodeRoute) -> tuple[int, int] | None:
         """What makes the node turn the request away where it does not hold the adapter; None where
         it is to load it."""
         route = self._route_now()
-        if node.node_id in self._stale or not self._trusts_table:
+        if node.node_id in self._stale or self._on_demand or not self._trusts_table:
             return None
         if not self._site.router.routed(route, node.node_id):
             return None
         table = self._site.router.table
-        return max((table.epoch, table.version), self._hint_version)
+        return self._hint.version if route.hinted is not None else (table.epoch, table.version)
 
     async def _wait_for_holder(self, watch: RouteWatch, route: RouteRequest) -> None:
         """Only for what the table knows: the rest is the nodes' to find or refuse."""
@@ -195,7 +208,9 @@ class RequestRun:
         router, channels = self._site.router, self._site.channels
         stub = inference_pb2_grpc.InferenceServiceStub(channels.get(node.address))
         tokens = self._log.prompt_tokens + len(self._log.token_ids)
-        ticket = router.began(node.node_id, tokens, router.rank_of(self._route))
+        counts = router.table.rank_costs is not None
+        rank = router.rank_of(self._route_now()) if counts else 0
+        ticket = router.began(node.node_id, tokens, rank)
         try:
             call = stub.Generate(
                 request,
@@ -259,13 +274,18 @@ class RequestRun:
         return self._site.router.has_holder(self._route_now())
 
     async def _redirected(self, error: StaleRouteError, node: NodeRoute) -> None:
-        """Returns when a holder is known, or newer routes name none, or do not come. Raises `error`
-        where the request was turned away too often."""
-        if not self._retry.redirected():
+        """Returns when a holder is known, or newer routes name none, or do not come, or the request
+        was turned away too often: then a node is to load the adapter. Raises `error` where that
+        turned it away too."""
+        if self._on_demand:
             raise error
-        self._stale[node.node_id] = self._log.revision or self._routed_revision()
-        self._hinted |= set(error.holders)
-        self._hint_version = max(self._hint_version, error.version)
+        wanted = self._log.revision or self._routed_revision()
+        self._stale[node.node_id] = wanted
+        if error.version >= self._hint.version or self._hint.revision != wanted:
+            self._hint = _Hint(wanted, error.version, frozenset(error.holders))
+        if not self._retry.redirected():
+            self._on_demand = True
+            return
         router, watch = self._site.router, self._site.watch
         end = self._loop.time() + NEWER_ROUTES_WAIT_S
         while watch is not None and not self._other_holder():

@@ -20,7 +20,8 @@ class RetryPolicy:
     max_resumes: int = 2
     """Of one request: one that kills the nodes it runs on must not kill them all."""
     max_redirects: int = 3
-    """Of one request, by nodes that do not hold its adapter any more; they cost next to nothing."""
+    """Of one request, by nodes that do not hold its adapter any more; they cost next to nothing.
+    The node that comes after them is to load the adapter."""
     budget_ratio: float = 0.1
     """Retries of refused requests per request, over all requests of a client."""
     budget_reserve: int = 10
@@ -28,6 +29,16 @@ class RetryPolicy:
     first_backoff_s: float = 0.05
     """Where the server named no time: the second attempt in a row follows at once, on another
     node; this long before the third, twice as long before the fourth and so on."""
+
+    @property
+    def most_attempts(self) -> int:
+        """Of one request, whatever happens to it. The tokens of an answer come from 1 +
+        `max_resumes` attempts at most; failures before the first token, redirects (the last is
+        answered with an attempt that loads on demand) and a revision that a node finds gone are
+        counted apart."""
+        before_tokens = self.max_attempts - 1
+        redirects = self.max_redirects + 1
+        return before_tokens + redirects + 1 + (1 + self.max_resumes)
 
 
 class RetryBudget:
@@ -77,12 +88,11 @@ class RetryState:
         budget.request()
 
     def redirected(self) -> bool:
-        """A node has sent the request elsewhere: no failure of it. Whether it may go there."""
+        """A node has sent the request elsewhere: no failure of it. Whether the next attempt may go
+        by routes again; otherwise it is to be one that no node sends on."""
         self._redirects += 1
-        if self._redirects > self._policy.max_redirects:
-            return False
         self.attempt += 1
-        return True
+        return self._redirects <= self._policy.max_redirects
 
     def after(self, error: LoraServeError, progress: bool, started: bool) -> float | None:
         """Seconds to wait before the next attempt, None where there is none.

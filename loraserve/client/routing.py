@@ -42,15 +42,16 @@ class ObservedLoad:
 @dataclass(frozen=True)
 class RouteRequest:
     """Nodes to `avoid` failed this very request. `spill`: a node that does not hold the adapter
-    may be asked to load it, where no holder is left. `hinted`: holders by the word of a node, which
-    may know more than the table."""
+    may be asked to load it, where no holder is left. `hinted`: the holders by the word of a node
+    that knows more than the table, whose holders then do not count; None where the table is the
+    newest."""
 
     base: str = ""
     adapter: str | None = None
     revision: str | None = None
     avoid: frozenset[str] = frozenset()
     spill: bool = True
-    hinted: frozenset[str] = frozenset()
+    hinted: frozenset[str] | None = None
 
 
 @dataclass
@@ -173,9 +174,9 @@ class Router:
 
         Raises InvalidArgumentError where the base must be named."""
         if request.adapter is not None and not self.table.every_node:
-            route = self.table.find(request.base, request.adapter)
-            routed = route and self._holders(route.of(request.revision), request, "")
-            return bool(routed or self._hinted(request, "", set()))
+            found = self.table.find(request.base, request.adapter)
+            route = found.of(request.revision) if found else None
+            return bool(self._holders(route, request, ""))
         return bool(self._anywhere(request, ""))
 
     def pick(self, request: RouteRequest) -> NodeRoute | None:
@@ -195,8 +196,6 @@ class Router:
         size, rank = (route.size_bytes, route.max_rank) if route else (0, 0)
         placed = request.adapter is not None and not self.table.every_node
         holders = self._holders(route, request, base) if placed else self._anywhere(request, base)
-        if placed and request.hinted:
-            holders = [*holders, *self._hinted(request, base, {h.node_id for h in holders})]
         healthy = [h for h in holders if self._healthy(h.node_id)]
         if healthy:
             return self.table.nodes[self._best_of_some(healthy, size, rank)]
@@ -217,14 +216,6 @@ class Router:
             and (not base or node.base in ("", base))
         )
 
-    def _hinted(self, request: RouteRequest, base: str, named: set[str]) -> list[Holder]:
-        """Nodes that another one named as holders, and the table does not."""
-        return [
-            Holder(node_id, 1, common_pb2.RESIDENCY_STATE_UNSPECIFIED)
-            for node_id in sorted(request.hinted - named)
-            if self._usable(self.table.nodes.get(node_id), request, base)
-        ]
-
     def _anywhere(self, request: RouteRequest, base: str) -> list[Holder]:
         """Every node that might serve the request, by id."""
         return [
@@ -234,13 +225,14 @@ class Router:
         ]
 
     def routed(self, request: RouteRequest, node_id: str) -> bool:
-        """Whether the table, or a hint, names the node as a holder of the adapter."""
+        """Whether the table, or a hint that is newer, names the node as a holder of the adapter."""
         if request.adapter is None or self.table.every_node:
             return False
+        if request.hinted is not None:
+            return node_id in request.hinted
         found = self.table.find(request.base, request.adapter)
         route = found.of(request.revision) if found else None
-        named = {h.node_id for h in route.holders} if route else set()
-        return node_id in named | request.hinted
+        return route is not None and any(h.node_id == node_id for h in route.holders)
 
     def _check_one_base(self, request: RouteRequest) -> None:
         """Any node would do, and its answer would be that of whatever base it serves."""
@@ -254,9 +246,16 @@ class Router:
     def _holders(
         self, route: RevisionRoute | None, request: RouteRequest, base: str
     ) -> list[Holder]:
+        nodes = self.table.nodes
+        if request.hinted is not None:
+            # The table's weights are of another time.
+            return [
+                Holder(node_id, 1, common_pb2.RESIDENCY_STATE_UNSPECIFIED)
+                for node_id in sorted(request.hinted)
+                if self._usable(nodes.get(node_id), request, base)
+            ]
         if route is None:
             return []
-        nodes = self.table.nodes
         return [
             h
             for h in route.holders
@@ -299,12 +298,14 @@ class Router:
         cost += w.running_request * running + w.queued_request * trust * load.queued_requests
         costs = self.table.rank_costs
         if costs is not None:
-            ranks = [r for _, _, r in unseen]
-            largest = max(trust * load.max_rank, *ranks, 0)
+            ranks = [r for _, _, r in view.own.values()]
+            # A part of the largest rank means nothing: it is believed or not.
+            believed = now - view.observed_at <= self.LOAD_HALF_LIFE_S
+            largest = max(load.max_rank if believed else 0, *ranks, 0)
             ahead = running * largest
             # In each step from now on, all are padded to what is largest with the request.
             added = (running + 1) * max(largest, rank) - ahead
-            own = trust * load.rank_sum + sum(ranks)
+            own = max(trust * load.rank_sum + sum(r for _, _, r in unseen), sum(ranks))
             slowed = costs.own * own + costs.padded * (ahead + w.request_steps * added)
             cost += w.running_request * slowed
         if load.total_pages:

@@ -188,8 +188,9 @@ class HeldAdapters:
                 del self._waiting[adapter]
 
     def has_or_awaits(self, adapter: AdapterId, revision: str | None) -> bool:
-        """Whether a copy (None: of any revision) serves here or is on its way."""
-        if (adapter, revision) in self._resolving:
+        """Whether a copy (None: of any revision) serves here or is on its way. A name that is being
+        resolved most likely means the revision that is asked for."""
+        if (adapter, revision) in self._resolving or (adapter, None) in self._resolving:
             return True
         copies = self._held.get(adapter, {}).values()
         return any(

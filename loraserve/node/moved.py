@@ -43,10 +43,13 @@ class MovedAdapters:
         """The copy is wanted here again."""
         self._moved.pop(key, None)
 
-    def refusal(self, adapter: AdapterId, revision: str | None) -> StaleRouteError:
-        """What a request is told that routes have brought here in vain."""
+    def refusal(
+        self, adapter: AdapterId, revision: str | None, routes: tuple[int, int]
+    ) -> StaleRouteError:
+        """What a request is told that routes of this (epoch, version) have brought here in vain:
+        of a drop, only where it is newer."""
         moved = self._moved.get((adapter, revision)) if revision else None
         message = f"{adapter.name!r} is not on this node (any more)"
-        if moved is None:
+        if moved is None or routes >= moved.version:
             return StaleRouteError("adapter", message)
         return StaleRouteError("adapter", message, moved.holders, moved.version)

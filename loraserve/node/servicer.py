@@ -168,7 +168,8 @@ async def _acquire(
     if held is not None:
         return held
     if request.HasField("routes") and not node.adapters.has_or_awaits(adapter, revision):
-        raise node.moved.refusal(adapter, revision)
+        routes = (request.routes.epoch, request.routes.version)
+        raise node.moved.refusal(adapter, revision, routes)
     task = asyncio.ensure_future(node.adapters.acquire(adapter, revision, live))
     ends: set[asyncio.Future[Any]] = {task, live.stopped}
     try:

@@ -30,7 +30,7 @@ SETTLE_S = 0.5
 @dataclass(frozen=True)
 class Case:
     """What is asked. `max_tokens` makes an answer last for less than two kills, on a busy machine
-    too: a stream then meets two of them at most, and ends within its three attempts."""
+    too: an answer then meets two of them at most, which is how often it may go on elsewhere."""
 
     text: str
     params: SamplingParams
@@ -108,11 +108,11 @@ class KillRun:
     def _watch_attempts(self) -> None:
         """Notes when each attempt is sent: an attempt runs in the task that reads its stream."""
         router = self._client._site.router
-        began: Callable[[str, int], int] = router.began
+        began: Callable[[str, int, int], int] = router.began
 
-        def noted(node_id: str, prompt_tokens: int) -> int:
+        def noted(node_id: str, prompt_tokens: int, rank: int = 0) -> int:
             self._sent[asyncio.current_task()] = time.monotonic()
-            return began(node_id, prompt_tokens)
+            return began(node_id, prompt_tokens, rank)
 
         router.began = noted  # type: ignore[method-assign]
 

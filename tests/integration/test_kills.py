@@ -8,11 +8,11 @@ from kill_run import ADAPTERS, CONTROLLER_OPTIONS, NODES, KillRun, Report, cases
 from served_cluster import running
 
 from loraserve import AsyncClient
+from loraserve.client.retry import RetryPolicy
 
 STREAMS = 64
 MAX_TOKENS = 120
-# Requests are sent three times at most.
-MOST_ATTEMPTS = 3
+MOST_ATTEMPTS = RetryPolicy().most_attempts
 # Only against hangs; bench/resume_gaps.py measures.
 LONGEST_GAP_S = 20.0
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from adapter_home import Home, play
-from fake_node import revision, spec, until
+from fake_node import BASE, revision, spec, until
 
 from loraserve.errors import (
     FailedPreconditionError,
@@ -14,6 +14,7 @@ from loraserve.errors import (
     UnavailableError,
 )
 from loraserve.node.held import DEVICE, DRAINING, FAILED, FETCHING, HOST
+from loraserve.placement.types import AdapterId
 
 
 def test_all_who_ask_at_once_share_one_load() -> None:
@@ -322,6 +323,21 @@ def test_a_drain_that_takes_too_long_ends_its_requests() -> None:
         await home.settle()
         assert isinstance(user.ended_by, UnavailableError)
         assert (home.states(), home.engine.loaded) == ({}, {})
+
+    play(script)
+
+
+def test_a_revision_is_awaited_while_its_name_is_resolved() -> None:
+    async def script(home: Home) -> None:
+        adapter = AdapterId("default", BASE, "a")
+        assert not home.held.has_or_awaits(adapter, revision("a"))
+        task = home.begin("a")
+        while not home.resolved:
+            await asyncio.sleep(0)
+        assert home.states() == {}
+        for wanted in (None, revision("a")):
+            assert home.held.has_or_awaits(adapter, wanted)
+        home.done(await task)
 
     play(script)
 

@@ -152,7 +152,7 @@ def test_leaving_an_answer_ends_it_at_the_node() -> None:
             assert (await anext(chunks)).token_ids == ANSWER[:1]
             assert len(engine.live) == 1
             own = asks.site.router._views["a"].own.values()
-            assert [tokens for _, tokens in own] == [len(PROMPT)]
+            assert [tokens for _, tokens, _ in own] == [len(PROMPT)]
             await chunks.aclose()
             await until(lambda: not engine.live and not len(server.node.requests), "freed")
             assert not asks.site.router._views["a"].own

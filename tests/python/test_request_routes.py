@@ -9,6 +9,14 @@ from fake_node import until
 from request_site import ANSWER, bad_node, client, finish, good_node, run, start, token
 
 from loraserve.client import request_run
+from loraserve.client.route_table import (
+    AdapterRoute,
+    Holder,
+    NodeRoute,
+    RankCosts,
+    RevisionRoute,
+    RouteTable,
+)
 from loraserve.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
@@ -16,7 +24,9 @@ from loraserve.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from loraserve.placement.types import AdapterId
 from loraserve.sampling_params import SamplingParams
+from loraserve.v1 import common_pb2
 from loraserve.v1.inference_pb2 import GenerateRequest
 from loraserve.wire_errors import abort
 
@@ -290,5 +300,58 @@ def test_a_revision_that_the_caller_names_is_not_given_up() -> None:
                 with pytest.raises(NotFoundError):
                     await asks.answer(ONE, adapter="sql", revision="b" * 64)
         assert [r.adapter.revision for r in node.requests] == ["b" * 64]
+
+    run(test)
+
+
+@pytest.mark.parametrize("costs", [None, RankCosts(own=0.01)])
+def test_an_answer_goes_on_though_its_name_is_of_two_bases_by_now(
+    costs: RankCosts | None,
+) -> None:
+    """The caller named no base, which was clear when the answer began."""
+
+    def sql(base: str, *holders: str) -> AdapterRoute:
+        held = tuple(Holder(h, 1, common_pb2.RESIDENCY_STATE_DEVICE) for h in holders)
+        revisions = (RevisionRoute("a" * 64, held, 16),)
+        return AdapterRoute(AdapterId("default", base, "sql"), "a" * 64, revisions)
+
+    async def test() -> None:
+        said = start(revision="a" * 64)
+        breaks = asyncio.Event()
+
+        async def breaks_off(_: GenerateRequest, context: Any) -> None:
+            await context.write(token(0, start=said))
+            await breaks.wait()
+            await abort(context, UnavailableError("node", "is lost"))
+
+        async def goes_on(_: GenerateRequest, context: Any) -> None:
+            await context.write(finish(1, start=said))
+
+        async with bad_node(breaks_off) as one, bad_node(goes_on) as two:
+            nodes = {
+                i: NodeRoute(i, n.address, base="tiny") for i, n in {"n1": one, "n2": two}.items()
+            }
+            route = sql("tiny", "n1", "n2")
+            table = RouteTable(1, 1, {route.adapter: route}, nodes, rank_costs=costs)
+            async with client(table) as asks:
+                router, ranks = asks.site.router, []
+                began = router.began
+
+                def noted(node_id: str, prompt_tokens: int, rank: int = 0) -> int:
+                    ranks.append(rank)
+                    return began(node_id, prompt_tokens, rank)
+
+                router.began = noted  # type: ignore[method-assign]
+                task = asyncio.ensure_future(
+                    asks.answer(SamplingParams(max_tokens=2), adapter="sql")
+                )
+                await until(lambda: asks.tokens == 1, "begun")
+                both = {r.adapter: r for r in (route, sql("other"))}
+                router.set_table(RouteTable(1, 2, both, nodes, rank_costs=costs))
+                breaks.set()
+                assert (await task).attempts == 2
+                assert ranks == [16 if costs else 0] * 2
+        (resumed,) = two.requests
+        assert (resumed.adapter.base, resumed.start_index) == ("tiny", 1)
 
     run(test)

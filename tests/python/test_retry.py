@@ -190,3 +190,20 @@ def test_an_error_that_is_final_counts_no_attempt(
     assert step(made, NotFoundError("adapter", "unknown")) is None
     assert step(made, ResourceExhaustedError("prompt", "never fits")) is None
     assert made.attempt == 0
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(), POLICY, RetryPolicy(1, 0, 0)])
+def test_the_unluckiest_request_is_sent_as_often_as_the_policy_says(policy: RetryPolicy) -> None:
+    made = state(policy)
+    while fruitless(made) is not None:
+        pass
+    assert made.attempt == policy.max_attempts - 1
+    made = state(policy)
+    for _ in range(policy.max_attempts - 1):
+        assert fruitless(made) is not None
+    while made.redirected():
+        pass
+    while made.after(LOST, progress=True, started=True) is not None:
+        pass
+    # One more where the name turns out to mean another revision, which is not this class's to see.
+    assert made.attempt + 1 == policy.most_attempts - 1

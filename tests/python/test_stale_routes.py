@@ -18,7 +18,7 @@ from loraserve.client.retry import RetryPolicy
 from loraserve.controller.convert import MAX_TOLD_HOLDERS, command_to_wire
 from loraserve.controller.events import Residency, SendDrop
 from loraserve.controller.routes import AdapterRoute, RevisionRoute, RouteHolder, RouteTable
-from loraserve.errors import StaleRouteError, UnavailableError
+from loraserve.errors import LoraServeError, StaleRouteError, UnavailableError
 from loraserve.node.held import FETCHING, HOST
 from loraserve.node.moved import Moved, MovedAdapters
 from loraserve.placement.types import AdapterId
@@ -52,6 +52,11 @@ def test_a_node_says_where_a_dropped_adapter_went_and_loads_it_where_no_route_wa
         error = await refused(answers(channel, adapter=ref, routes=ROUTES))
         assert isinstance(error, StaleRouteError)
         assert (error.field, error.holders, error.version) == ("adapter", ("n2", "n3"), (3, 9))
+        # Routes that are newer than the drop know more than it.
+        newer = common_pb2.RouteVersion(epoch=3, version=9)
+        error = await refused(answers(channel, adapter=ref, routes=newer))
+        assert isinstance(error, StaleRouteError)
+        assert (error.holders, error.version) == ((), (0, 0))
         # One that was never here, and by name alone: nobody knows where.
         never = common_pb2.AdapterRef(name="sql", revision=B)
         for asked in (never, common_pb2.AdapterRef(name="sql")):
@@ -93,8 +98,18 @@ def test_a_node_remembers_the_last_drops_only() -> None:
     moved.note((names[1], A), Moved(("n9",), (1, 9)))  # the newest again
     moved.note((names[4], A), Moved((), (1, 10)))
     assert len(moved) == 3
-    told = [moved.refusal(name, A).holders for name in names]
+    told = [moved.refusal(name, A, (1, 0)).holders for name in names]
     assert told == [(), ("n9",), (), ("n3",), ()]
+
+
+@pytest.mark.parametrize("routes", [(3, 9), (3, 10), (4, 1)])
+def test_a_drop_is_no_news_to_routes_that_are_newer(routes: tuple[int, int]) -> None:
+    moved = MovedAdapters()
+    moved.note((SQL, A), Moved(("n2",), (3, 9)))
+    error = moved.refusal(SQL, A, routes)
+    assert (error.holders, error.version) == ((), (0, 0))
+    error = moved.refusal(SQL, A, (3, 8))
+    assert (error.holders, error.version) == (("n2",), (3, 9))
 
 
 def test_a_drop_command_says_who_still_holds_the_revision() -> None:
@@ -243,14 +258,142 @@ def test_a_request_that_is_sent_round_and_round_ends() -> None:
                 fake_controller(table) as control,
                 client(controller=control.address) as asks,
             ):
-                with pytest.raises(StaleRouteError, match="not here"):
-                    await asks.answer(ONE, adapter="sql")
-        assert asked(node) == [(i, 4) for i in range(1 + RetryPolicy().max_redirects)]
+                done = await asks.answer(ONE, adapter="sql")
+        sent = RetryPolicy().max_redirects + 1
+        assert asked(node) == [*((i, 4) for i in range(sent)), (sent, 0)]
+        assert done.attempts == sent + 1 <= RetryPolicy().most_attempts
 
     run_client(test)
 
 
-def test_details_that_make_no_sense_are_no_details() -> None:
+def test_a_node_that_sends_away_what_it_is_to_load_fails_the_request() -> None:
+    async def test() -> None:
+        async def never(_: GenerateRequest, context: Any) -> None:
+            await abort(context, StaleRouteError("adapter", "not here"))
+
+        every = tuple(f"n{i}" for i in range(8))
+        async with bad_node(never) as node:
+            table = routes(
+                4,
+                nodes=[node_route(i, node.address) for i in every],
+                adapters=[adapter_route("sql", *every)],
+            )
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                with pytest.raises(StaleRouteError, match="not here"):
+                    await asks.answer(ONE, adapter="sql")
+        assert len(node.requests) == RetryPolicy().max_redirects + 2
+
+    run_client(test)
+
+
+def test_only_the_holders_that_the_newest_hint_names_are_asked() -> None:
+    """An adapter that shrinks from eight copies to one: the table names seven that are gone."""
+
+    async def test() -> None:
+        error = StaleRouteError("adapter", "is not here", ("n9",), (1, 6))
+        async with bad_node(turns_away(error)) as gone, bad_node(one_token) as left:
+            every = [f"n{i}" for i in range(8)]
+            nodes = [node_route(i, gone.address) for i in every]
+            nodes.append(node_route("n9", left.address))
+            table = routes(4, nodes=nodes, adapters=[adapter_route("sql", *every)])
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                for _ in range(3):
+                    assert (await asks.answer(ONE, adapter="sql")).attempts == 2
+        assert asked(gone) == [(0, 4)] * 3
+        assert asked(left) == [(1, 6)] * 3
+
+    run_client(test)
+
+
+def test_a_newer_hint_replaces_an_older_one() -> None:
+    async def test() -> None:
+        first = StaleRouteError("adapter", "is not here", ("n2", "n3"), (1, 6))
+        second = StaleRouteError("adapter", "is not here", ("n4",), (1, 7))
+        async with (
+            bad_node(turns_away(first)) as one,
+            bad_node(turns_away(second)) as two,
+            bad_node(turns_away(first)) as three,
+            bad_node(one_token) as four,
+        ):
+            nodes = [one, two, three, four]
+            table = routes(
+                4,
+                nodes=[node_route(f"n{i + 1}", n.address) for i, n in enumerate(nodes)],
+                adapters=[adapter_route("sql", "n1")],
+            )
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                await asks.answer(ONE, adapter="sql")
+        assert [asked(n) for n in nodes] == [[(0, 4)], [(1, 6)], [], [(2, 7)]]
+
+    run_client(test)
+
+
+def test_a_hint_that_is_older_than_the_table_counts_nothing() -> None:
+    async def test() -> None:
+        error = StaleRouteError("adapter", "is not here", ("n3",), (1, 3))
+        async with (
+            bad_node(turns_away(error)) as old,
+            bad_node(one_token) as holder,
+            bad_node(one_token) as other,
+        ):
+            nodes = [old, holder, other]
+            table = routes(
+                4,
+                nodes=[node_route(f"n{i + 1}", n.address) for i, n in enumerate(nodes)],
+                adapters=[adapter_route("sql", "n1", "n2")],
+            )
+            async with (
+                fake_controller(table) as control,
+                client(controller=control.address) as asks,
+            ):
+                await asks.answer(ONE, adapter="sql")
+        assert [asked(n) for n in nodes] == [[(0, 4)], [(1, 4)], []]
+
+    run_client(test)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "1.x",
+        "1",
+        "",
+        "1.-2",
+        f"1.{'9' * 5000}",
+        f"{'9' * 5000}.1",
+        f"1.{1 << 64}",
+        f"{1 << 64}.1",
+        f"1.{'0' * 20}1",
+        "1.\u0663",
+        "\u00b2.1",
+    ],
+)
+def test_details_that_make_no_sense_are_no_details(told: str) -> None:
+    error = lied_to(told)
+    assert isinstance(error, StaleRouteError)
+    assert (error.message, error.holders, error.version) == ("gone", ("n1",), (0, 0))
+
+
+def test_the_largest_version_is_one() -> None:
+    most = (1 << 64) - 1
+    error = lied_to(f"{most}.{most}")
+    assert isinstance(error, StaleRouteError)
+    assert error.version == (most, most)
+    common_pb2.RouteVersion(epoch=error.version[0], version=error.version[1])
+
+
+def lied_to(told: str) -> LoraServeError:
+    """What a client makes of a peer's word of its routes."""
+
     class Lying:
         def code(self) -> Any:
             return type("Code", (), {"name": "UNAVAILABLE"})
@@ -264,12 +407,10 @@ def test_details_that_make_no_sense_are_no_details() -> None:
             info = error_details_pb2.ErrorInfo(
                 reason="STALE_ROUTE",
                 domain="loraserve",
-                metadata={"field": "adapter", "holders": ",,n1,", "routes": "1.x"},
+                metadata={"field": "adapter", "holders": ",,n1,", "routes": told},
             )
             status = status_pb2.Status()
             status.details.add().Pack(info)
             return [("grpc-status-details-bin", status.SerializeToString())]
 
-    error = from_rpc_error(Lying())  # type: ignore[arg-type]
-    assert isinstance(error, StaleRouteError)
-    assert (error.message, error.holders, error.version) == ("gone", ("n1",), (0, 0))
+    return from_rpc_error(Lying())  # type: ignore[arg-type]
