@@ -39,6 +39,7 @@ def test_no_token_is_lost_or_doubled_however_many_nodes_are_killed(
     assert report.kills == kills
     assert (report.lost, report.doubled, report.wrong) == (0, 0, [])
     assert max(report.attempts) <= MOST_ATTEMPTS, report.attempts
-    # Killed nodes had work: a third of the streams, were it spread evenly.
-    assert len(report.gaps) >= 5 * kills
+    # Killed nodes had work: a third of the streams, were it spread evenly; what had no token yet is
+    # no gap.
+    assert len(report.gaps) >= 2 * kills
     assert max(gap.whole for gap in report.gaps) < LONGEST_GAP_S

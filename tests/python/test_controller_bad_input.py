@@ -109,8 +109,9 @@ def test_bursts_place_at_once_but_not_again_and_again() -> None:
     with_nodes(state, "n1", "n2")
     placed = []
     for tick in range(60):
-        tokens = 2000 * 5 ** (tick // 2) if tick >= 20 else 0
-        sample = DemandSample(SQL.adapter, min(tokens, 10**7), min(tokens, 10**7))
+        # Each burst is placed for as it is: only what grows goes on to be one.
+        tokens = 3000 * 9 ** ((tick - 20) // 8) if tick >= 20 else 0
+        sample = DemandSample(SQL.adapter, tokens, tokens)
         state.step(Heartbeat("n1", 1, 1, demand=(sample,) if tokens else ()))
         state.step(Heartbeat("n2", 1, 1))
         before = state.placements
