@@ -29,8 +29,8 @@ SETTLE_S = 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked. `max_tokens` makes an answer last for less than two kills, on a busy machine
-    too: an answer then meets two of them at most, which is how often it may go on elsewhere."""
+    """What is asked. `max_tokens` makes an answer last for less than two kills, as a rule: one that
+    has gone on as often as it may is not killed again (`_would_be_too_many`)."""
 
     text: str
     params: SamplingParams
@@ -102,6 +102,10 @@ class KillRun:
         self._over = False
         self._sent: dict[asyncio.Task[object] | None, float] = {}
         self._running_on: dict[int, str] = {}
+        # Of running answers: how often they went on elsewhere, and when they last got a token.
+        self._resumes: dict[int, int] = {}
+        self._heard: dict[int, float] = {}
+        self._killed_at = 0.0
         self.report = Report()
         self._watch_attempts()
 
@@ -153,6 +157,7 @@ class KillRun:
         case, report = self._asked[index], self.report
         begin = last = time.monotonic()
         have, attempt, texts = 0, 0, []
+        self._resumes[index] = 0
         stream = self._client.stream(
             case.text, case.params, adapter=case.adapter, timeout_s=ANSWER_S
         )
@@ -162,6 +167,7 @@ class KillRun:
                 if not have and chunk.attempt == 0:
                     report.first_tokens.append(now - begin)
                 if have and chunk.attempt > attempt:
+                    self._resumes[index] += 1
                     report.gaps.append(
                         Gap(sent - last, now - sent, chunk.queue_time_s, chunk.prefill_time_s)
                     )
@@ -169,6 +175,7 @@ class KillRun:
                 report.doubled += max(0, have - chunk.first_index)
                 have = chunk.first_index + len(chunk.token_ids)
                 attempt, last = chunk.attempt, now
+                self._heard[index] = now
                 texts.append(chunk.text)
                 self._running_on[index] = chunk.node_id
         del self._running_on[index]
@@ -189,11 +196,11 @@ class KillRun:
 
     async def _kill_one(self, name: str) -> None:
         """Returns when the node is back."""
-        while name not in self._running_on.values():
+        while name not in self._running_on.values() or self._would_be_too_many(name):
             await asyncio.sleep(0.01)
         process = self._cluster.nodes[name].process
         process.kill()
-        began = time.monotonic()
+        began = self._killed_at = time.monotonic()
         await asyncio.to_thread(process.wait)
         self.report.exit_times.append(time.monotonic() - began)
         self.report.kills += 1
@@ -201,6 +208,18 @@ class KillRun:
         while not self._holds_everything(name):
             await asyncio.sleep(0.05)
         self.report.back_times.append(time.monotonic() - began)
+
+    def _would_be_too_many(self, name: str) -> bool:
+        """Whether an answer that may not go on once more is on the node, or may be."""
+        most = self._client._site.policy.max_resumes
+        for index, node in self._running_on.items():
+            resumes = self._resumes[index]
+            if resumes >= most and node == name:
+                return True
+            # It is on its way to some node since the last kill.
+            if resumes >= most - 1 and self._heard[index] < self._killed_at:
+                return True
+        return False
 
     def _holds_everything(self, name: str) -> bool:
         table = self._client.routes
