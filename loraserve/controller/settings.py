@@ -29,6 +29,7 @@ class Settings:
     # nothing serves never waits. None is no limit.
     move_bytes: int | None = None
     # Of a node: a placement that lowers the predicted peak by less moves nothing that may stay.
+    # Other shares for the same copies are worth it from this part of the peak on.
     least_gain: float = 0.05
     # Demand is compared with what was planned for this often; a burst places at once.
     burst_check_ticks: int = 5
