@@ -71,7 +71,7 @@ void MixedRank(benchmark::State& state) {
     const uint32_t count = backend.AdapterPages(source);
     const std::vector<PageId> pages(free.end() - count, free.end());
     free.resize(free.size() - count);
-    adapters.push_back(std::move(backend.InstallAdapter(nullptr, source, pages).value()));
+    adapters.push_back(std::move(backend.InstallAdapter(source, pages).value()));
   }
   const auto total_rows = static_cast<int64_t>(std::size(kRanks)) * rows;
   std::vector<float> x(static_cast<size_t>(total_rows * kIn), 0.5f);
@@ -79,7 +79,6 @@ void MixedRank(benchmark::State& state) {
   const Tensor in{x.data(), total_rows, kIn, kIn};
   const Tensor out{y.data(), total_rows, kOut, kOut};
   const LoraTarget target[] = {{0, LinearModule::kQ, 0}};
-  std::vector<float> h(static_cast<size_t>(total_rows) * kMaxRank);
   size_t copy = 0;
   for (auto _ : state) {
     std::vector<LoraSegment> segments;
@@ -89,8 +88,8 @@ void MixedRank(benchmark::State& state) {
                           adapters[copy * std::size(kRanks) + i].get()});
     }
     copy = (copy + 1) % kCopies;
-    backend.LoraShrink(nullptr, in, segments, target, h.data());
-    backend.LoraExpand(nullptr, h.data(), segments, target, out);
+    backend.BeginStep(nullptr, {.segments = segments});
+    backend.Lora(nullptr, in, target, out);
     benchmark::ClobberMemory();
   }
   state.counters["GB/s"] = benchmark::Counter(

@@ -2,10 +2,17 @@
 //
 // Everything is row-major. `Tensor` is a view of device memory in the backend's activation dtype
 // (float32 on the CPU). Work is queued on `stream` in call order; data may be read by the host
-// after Synchronize(stream). One thread, the engine's, calls a Backend.
+// after Synchronize(stream).
+//
+// Threads: one thread, the engine's, calls a Backend, but for the writing of adapters. StartInstall
+// and the methods of the AdapterInstalls that it returns are called by one other thread, while the
+// engine's is anywhere in a step. They touch nothing that an operation of a step changes: no shared
+// scratch, no pool of workers, no stream of the engine's. The pages they write are read by no step
+// until the engine has been handed the InstalledAdapter.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -54,6 +61,18 @@ class InstalledAdapter {
   virtual uint64_t weight_bytes() const = 0;
 };
 
+// An adapter on its way into pages, part by part, so that whoever writes it can pause between the
+// parts or give up. Given up, it leaves the pages with anything in them.
+class AdapterInstall {
+ public:
+  virtual ~AdapterInstall() = default;
+  // Writes the next part, of about `bytes` bytes of the pages; false once nothing is left to write.
+  virtual bool Write(uint64_t bytes) = 0;
+  // The adapter, once every operation queued from now on would find it in its pages. REQUIRES:
+  // Write returned false. Called once.
+  virtual std::unique_ptr<InstalledAdapter> Finish() = 0;
+};
+
 // How KV blocks lie in pages. A tile is the keys or the values of one layer for one block; it
 // never straddles two pages. Tile t of a block is in the block's page t / tiles_per_page.
 struct KvLayout {
@@ -77,19 +96,20 @@ struct SequenceSpan {
   int32_t page_begin = 0;      // into StepInputs::block_pages; pages_per_block for each block
 };
 
+// Consecutive rows that share an adapter.
+struct LoraSegment {
+  int32_t row_begin = 0;
+  int32_t row_count = 0;
+  const InstalledAdapter* adapter = nullptr;
+};
+
 // What a step reads, in host memory. A backend copies it to the device in one go.
 struct StepInputs {
   std::span<const int32_t> token_ids;  // [rows]
   std::span<const int32_t> positions;  // [rows]
   std::span<const SequenceSpan> sequences;
   std::span<const PageId> block_pages;
-};
-
-// Consecutive rows that share an adapter.
-struct LoraSegment {
-  int32_t row_begin = 0;
-  int32_t row_count = 0;
-  const InstalledAdapter* adapter = nullptr;
+  std::span<const LoraSegment> segments;  // in order of rows, apart; rows in none have no adapter
 };
 
 // Which module of the adapters applies, and the first column of y that it adds to. Several targets
@@ -98,6 +118,12 @@ struct LoraTarget {
   int layer = 0;
   LinearModule module = LinearModule::kQ;
   int64_t column = 0;
+};
+
+// Adapter bytes that installs have read from host memory.
+struct InstallReads {
+  uint64_t direct_bytes = 0;  // by the device, from memory registered with RegisterHostMemory
+  uint64_t staged_bytes = 0;  // copied to page-locked memory of the backend's own first
 };
 
 class Backend {
@@ -129,14 +155,31 @@ class Backend {
   virtual Status BindPages(const KvLayout& layout, uint32_t num_pages,
                            std::span<const float> inverse_frequencies) = 0;
 
-  // Pages that InstallAdapter will want.
+  // Pages that StartInstall will want.
   virtual uint32_t AdapterPages(const AdapterSource& source) const = 0;
-  // Writes the adapter into `pages`; they stay the caller's.
-  virtual Result<std::unique_ptr<InstalledAdapter>> InstallAdapter(
-      Stream* stream, const AdapterSource& source, std::span<const PageId> pages) = 0;
+  // Begins to write the adapter into `pages`, which stay the caller's. What `source` points to is
+  // read until the AdapterInstall is gone.
+  virtual Result<std::unique_ptr<AdapterInstall>> StartInstall(const AdapterSource& source,
+                                                               std::span<const PageId> pages) = 0;
+  // All of it at once, in the caller's thread.
+  Result<std::unique_ptr<InstalledAdapter>> InstallAdapter(const AdapterSource& source,
+                                                           std::span<const PageId> pages) {
+    auto install = StartInstall(source, pages);
+    if (!install.ok()) return install.status();
+    while (install.value()->Write(UINT64_MAX)) {
+    }
+    return install.value()->Finish();
+  }
 
   // The inputs of the operations below, until the next call. They outlive the step.
   virtual void BeginStep(Stream* stream, const StepInputs& inputs) = 0;
+  // Calls step(n), which queues the operations of the step begun last on n rows of activations that
+  // stay where they are from step to step: `rows`, or more up to `max_rows`, of which nobody reads
+  // what comes after `rows`. A backend may record a step and repeat it for later inputs instead.
+  virtual void RunStep(Stream*, int64_t rows, int64_t /*max_rows*/,
+                       const std::function<void(int64_t)>& step) {
+    step(rows);
+  }
 
   // y[i] = row token_ids[i] of the embedding.
   virtual void Embed(Stream* stream, const PreparedWeight& embedding, Tensor y) = 0;
@@ -154,21 +197,25 @@ class Backend {
   // y = silu(gate) * up for gate_up [rows, gate | up].
   virtual void SiluMul(Stream* stream, Tensor gate_up, Tensor y) = 0;
 
-  // Floats of `h` that LoraShrink wants for these segments and targets.
-  virtual int64_t LoraScratch(std::span<const LoraSegment> segments,
-                              std::span<const LoraTarget> targets) const = 0;
-  // h = scaling * x A^T for every segment and target; each with its own rank.
-  virtual void LoraShrink(Stream* stream, Tensor x, std::span<const LoraSegment> segments,
-                          std::span<const LoraTarget> targets, void* h) = 0;
-  // y[:, column:] += h B for the same segments and targets.
-  virtual void LoraExpand(Stream* stream, const void* h, std::span<const LoraSegment> segments,
-                          std::span<const LoraTarget> targets, Tensor y) = 0;
+  // y[:, column:] += (scaling * x A^T) B for every segment of the step and every target, each with
+  // its own rank. Once per step for a layer's module.
+  virtual void Lora(Stream* stream, Tensor x, std::span<const LoraTarget> targets, Tensor y) = 0;
 
   // y[i] = x[rows[i]].
   virtual void GatherRows(Stream* stream, Tensor x, std::span<const int32_t> rows, Tensor y) = 0;
   // Draws one token per row of the logits; blocks until the results are on the host.
   virtual void Sample(Stream* stream, Tensor logits, std::span<const SampleRow> rows,
                       std::span<SampleResult> results) = 0;
+
+  // Locks [memory, memory + bytes) in place and lets the device copy from it directly, at full
+  // speed and beside the steps; installs read from anywhere else too, by a copy more. It must stay
+  // mapped until UnregisterHostMemory or the backend's end. False where the backend has no use for
+  // it. kResourceExhausted (so much cannot be locked), kAlreadyExists (part of it is registered),
+  // kUnavailable. Slow: every page is faulted in. Both are called by any thread.
+  virtual Result<bool> RegisterHostMemory(void* /*memory*/, uint64_t /*bytes*/) { return false; }
+  // REQUIRES: registered, and no install from it is under way.
+  virtual void UnregisterHostMemory(void* /*memory*/) {}
+  virtual InstallReads install_reads() const { return {}; }
 };
 
 }  // namespace loraserve

@@ -6,9 +6,23 @@
 
 #include "backend/cpu/cpu_backend.h"
 
+#if defined(LORASERVE_HAS_CUDA) || defined(LORASERVE_CUDA_EMULATED)
+#include "backend/cuda/cuda_backend.h"
+#endif
+
 namespace loraserve {
 
 namespace {
+
+#if defined(LORASERVE_HAS_CUDA)
+constexpr char kCudaDevice[] = "cuda";
+constexpr char kDevices[] = "cpu, cuda";
+#elif defined(LORASERVE_CUDA_EMULATED)
+constexpr char kCudaDevice[] = "cuda-emulated";  // for tests
+constexpr char kDevices[] = "cpu, cuda-emulated";
+#else
+constexpr char kDevices[] = "cpu";
+#endif
 
 int UsableCores() {
   cpu_set_t set;
@@ -33,8 +47,15 @@ Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options) {
                           .adapter_dtype = options.adapter_dtype,
                           .isa = options.isa}));
   }
+#if defined(LORASERVE_HAS_CUDA) || defined(LORASERVE_CUDA_EMULATED)
+  if (options.device == kCudaDevice) {
+    auto backend = CudaBackend::Create();
+    if (!backend.ok()) return backend.status();
+    return std::unique_ptr<Backend>(std::move(backend.value()));
+  }
+#endif
   return Status(StatusCode::kInvalidArgument,
-                "device: '" + options.device + "' is not in this build; it has: cpu");
+                "device: '" + options.device + "' is not in this build; it has: " + kDevices);
 }
 
 }  // namespace loraserve

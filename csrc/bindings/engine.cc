@@ -5,10 +5,14 @@
 
 #include <memory>
 #include <new>
+#include <tuple>
 #include <unordered_map>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "base/clock.h"
+#include "bindings/device_staging.h"
 #include "bindings/host_array.h"
 #include "bindings/raise.h"
 #include "engine/engine_thread.h"
@@ -89,6 +93,10 @@ class BoundEngine {
     const py::gil_scoped_release release;
     RaiseIfError(thread_->RemoveAdapter(id));
   }
+  void Prefetch(AdapterId id) {
+    const py::gil_scoped_release release;
+    thread_->Prefetch(id);
+  }
   std::optional<StepReport> WaitReport(double timeout_s) {
     std::optional<StepReport> report;
     {
@@ -100,6 +108,18 @@ class BoundEngine {
     }
     return report;
   }
+  bool RegisterHostMemory(const py::buffer& buffer) {
+    // Holds the mapping for as long as the backend may have it registered.
+    auto memory = std::make_unique<py::buffer_info>(buffer.request(/*writable=*/true));
+    bool registered = false;
+    {
+      const py::gil_scoped_release release;
+      registered = Unwrap(thread_->RegisterHostMemory(
+          memory->ptr, static_cast<uint64_t>(memory->size * memory->itemsize)));
+    }
+    if (registered) registered_.push_back(std::move(memory));
+    return registered;
+  }
   EngineStats stats() const { return thread_->stats(); }
   std::string backend_name() const { return thread_->backend_name(); }
   void Stop() {
@@ -109,6 +129,7 @@ class BoundEngine {
 
  private:
   std::unordered_map<AdapterId, std::vector<py::array>> held_;
+  std::vector<std::unique_ptr<py::buffer_info>> registered_;  // after the thread, which ends first
   std::unique_ptr<EngineThread> thread_;
 };
 
@@ -140,6 +161,7 @@ void BindConfig(py::module_& m) {
       .def_readwrite("max_sequences", &EngineConfig::max_sequences)
       .def_readwrite("max_step_adapter_bytes", &EngineConfig::max_step_adapter_bytes)
       .def_readwrite("prefix_cache", &EngineConfig::prefix_cache)
+      .def_readwrite("prefetch", &EngineConfig::prefetch)
       .def_readwrite("record_steps", &EngineConfig::record_steps);
   py::class_<ModelConfig>(m, "ModelConfig")
       .def(py::init<>())
@@ -215,6 +237,31 @@ void BindRequest(py::module_& m) {
       .def_readwrite("priority", &Request::priority);
 }
 
+// (ids, first indices, tokens) of the outputs that are one further token of their request and
+// nothing else, in order; they are not in `outputs` any more. As most are, and each costs the
+// interpreter a little here instead of much. Those of a request that has another output in the
+// report stay there.
+using PlainOutputs = std::tuple<std::vector<RequestId>, std::vector<int32_t>, std::vector<int32_t>>;
+PlainOutputs TakePlain(StepReport& report) {
+  const auto is_plain = [](const Output& output) {
+    return output.finish_reason == FinishReason::kNone && output.first_index > 0 &&
+           output.token_ids.size() == 1 && output.logprobs.empty();
+  };
+  std::unordered_set<RequestId> others;
+  for (const Output& output : report.outputs) {
+    if (!is_plain(output)) others.insert(output.id);
+  }
+  PlainOutputs plain;
+  std::erase_if(report.outputs, [&](const Output& output) {
+    if (!is_plain(output) || others.contains(output.id)) return false;
+    std::get<0>(plain).push_back(output.id);
+    std::get<1>(plain).push_back(output.first_index);
+    std::get<2>(plain).push_back(output.token_ids[0]);
+    return true;
+  });
+  return plain;
+}
+
 void BindReport(py::module_& m) {
   py::class_<Output>(m, "Output")
       .def_readonly("id", &Output::id)
@@ -223,6 +270,7 @@ void BindReport(py::module_& m) {
       .def_readonly("logprobs", &Output::logprobs)
       .def_readonly("top_logprobs", &Output::top_logprobs)
       .def_readonly("prompt_logprobs", &Output::prompt_logprobs)
+      .def_readonly("prompt_top_logprobs", &Output::prompt_top_logprobs)
       .def_readonly("cached_tokens", &Output::cached_tokens)
       .def_readonly("queue_seconds", &Output::queue_seconds)
       .def_property_readonly("finish_reason",
@@ -245,6 +293,7 @@ void BindReport(py::module_& m) {
       .def_readonly("installs", &StepRecord::installs);
   py::class_<StepReport>(m, "StepReport")
       .def_readonly("outputs", &StepReport::outputs)
+      .def("take_plain", &TakePlain)
       .def_readonly("removed_adapters", &StepReport::removed_adapters)
       .def_readonly("installs", &StepReport::installs)
       .def_readonly("records", &StepReport::records);
@@ -256,6 +305,9 @@ void BindReport(py::module_& m) {
       .def_readonly("prefix_hit_tokens", &EngineStats::prefix_hit_tokens)
       .def_readonly("adapter_installs", &EngineStats::adapter_installs)
       .def_readonly("adapter_evictions", &EngineStats::adapter_evictions)
+      .def_readonly("adapter_install_seconds", &EngineStats::adapter_install_seconds)
+      .def_readonly("adapter_waits", &EngineStats::adapter_waits)
+      .def_readonly("adapter_wait_seconds", &EngineStats::adapter_wait_seconds)
       .def_readonly("step_seconds", &EngineStats::step_seconds)
       .def_readonly("running", &EngineStats::running)
       .def_readonly("waiting", &EngineStats::waiting)
@@ -264,6 +316,9 @@ void BindReport(py::module_& m) {
       .def_readonly("pages_kv", &EngineStats::pages_kv)
       .def_readonly("pages_adapter", &EngineStats::pages_adapter)
       .def_readonly("adapters_installed", &EngineStats::adapters_installed)
+      .def_readonly("adapters_installing", &EngineStats::adapters_installing)
+      .def_readonly("adapter_direct_bytes", &EngineStats::adapter_direct_bytes)
+      .def_readonly("adapter_staged_bytes", &EngineStats::adapter_staged_bytes)
       .def_readonly("adapter_weight_bytes", &EngineStats::adapter_weight_bytes)
       .def_readonly("weight_bytes", &EngineStats::weight_bytes);
 }
@@ -279,6 +334,7 @@ PYBIND11_MODULE(_engine, m) {
   BindWeights(m);
   BindRequest(m);
   BindReport(m);
+  BindDeviceStaging(m);
   py::class_<BoundEngine>(m, "Engine")
       .def(py::init<const EngineConfig&, const ModelConfig&, const ModelWeights&>(),
            py::arg("config"), py::arg("model"), py::arg("weights"))
@@ -286,7 +342,9 @@ PYBIND11_MODULE(_engine, m) {
       .def("abort", &BoundEngine::Abort, py::arg("id"))
       .def("add_adapter", &BoundEngine::AddAdapter, py::arg("id"), py::arg("modules"))
       .def("remove_adapter", &BoundEngine::RemoveAdapter, py::arg("id"))
+      .def("prefetch", &BoundEngine::Prefetch, py::arg("id"))
       .def("wait_report", &BoundEngine::WaitReport, py::arg("timeout_s"))
+      .def("register_host_memory", &BoundEngine::RegisterHostMemory, py::arg("memory"))
       .def("stats", &BoundEngine::stats)
       .def("backend_name", &BoundEngine::backend_name)
       .def("stop", &BoundEngine::Stop);

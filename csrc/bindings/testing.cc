@@ -36,8 +36,25 @@ PYBIND11_MODULE(_testing, m) {
       .def(py::init<PageArena*, uint32_t>(), py::keep_alive<1, 2>())
       .def("allocate", &BlockPool::Allocate)
       .def("free", &BlockPool::Free);
+  py::class_<EvictionOrder>(m, "EvictionOrder")
+      .def(py::init<>())
+      .def(
+          "key_of",
+          [](const EvictionOrder& order, double cost, uint32_t uses, uint64_t now) {
+            const EvictionKey key = order.KeyOf(cost, uses, now);
+            return std::pair(key.worth, key.last_use);
+          },
+          py::arg("cost"), py::arg("uses"), py::arg("now"))
+      .def(
+          "evicted",
+          [](EvictionOrder& order, double worth, uint64_t last_use) {
+            order.Evicted({worth, last_use});
+          },
+          py::arg("worth"), py::arg("last_use"));
   py::class_<PrefixCache>(m, "PrefixCache")
-      .def(py::init<BlockPool*, int>(), py::keep_alive<1, 2>())
+      .def(py::init<BlockPool*, EvictionOrder*, int>(), py::keep_alive<1, 2>(),
+           py::keep_alive<1, 3>())
+      .def("set_cost", &PrefixCache::SetCost)
       .def_readonly_static("NONE", &PrefixCache::kNone)
       .def("root", &PrefixCache::Root)
       .def("find", [](const PrefixCache& cache, PrefixCache::NodeId parent,
@@ -48,11 +65,15 @@ PYBIND11_MODULE(_testing, m) {
       .def("block", &PrefixCache::block)
       .def("use", &PrefixCache::Use)
       .def("release", &PrefixCache::Release)
-      .def("oldest_use", &PrefixCache::OldestUse)
+      .def("may_evict", [](const PrefixCache& cache) { return cache.NextKey().has_value(); })
       .def("evict", &PrefixCache::Evict)
       .def("evictable", &PrefixCache::evictable);
   BindScheduler(m);
   BindBackendOps(m);
+  BindSpeed(m);
+  BindPacedEngine(m);
+  BindWorkList(m);
+  BindTransfer(m);
   m.def("kernel_names", [] {
     std::vector<std::string> names;
     for (const char* limit : {"generic", "x86-64-v2", "x86-64-v3", "x86-64-v4"}) {

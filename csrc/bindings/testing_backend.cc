@@ -60,6 +60,24 @@ class BackendOps {
 
   std::string name() const { return backend_->name(); }
 
+  // Writable memory, kept for as long as this.
+  bool RegisterHostMemory(const py::buffer& buffer) {
+    auto memory = std::make_unique<py::buffer_info>(buffer.request(/*writable=*/true));
+    const bool registered = Unwrap(backend_->RegisterHostMemory(
+        memory->ptr, static_cast<uint64_t>(memory->size * memory->itemsize)));
+    if (registered) registered_.push_back(std::move(memory));
+    return registered;
+  }
+  void UnregisterHostMemory() {
+    for (const auto& memory : registered_) backend_->UnregisterHostMemory(memory->ptr);
+    registered_.clear();
+  }
+  // (direct, staged) bytes.
+  std::pair<uint64_t, uint64_t> InstallReads() const {
+    const auto reads = backend_->install_reads();
+    return {reads.direct_bytes, reads.staged_bytes};
+  }
+
   // y = x W^T + bias for the parts stacked, or y0 + x W^T.
   FloatArray Gemm(const FloatArray& x, const std::vector<py::array>& parts,
                   const std::vector<float>& bias, const std::string& dtype,
@@ -146,10 +164,8 @@ class BackendOps {
     }
     const Activation in = arrays_.Upload(x);
     const Activation out = arrays_.Upload(y0);
-    const auto floats = static_cast<uint64_t>(backend_->LoraScratch(rows, wanted));
-    const auto h = Unwrap(backend_->Allocate(std::max<uint64_t>(floats, 1) * sizeof(float)));
-    backend_->LoraShrink(nullptr, in.tensor, rows, wanted, h->data());
-    backend_->LoraExpand(nullptr, h->data(), rows, wanted, out.tensor);
+    backend_->BeginStep(nullptr, {.segments = rows});
+    backend_->Lora(nullptr, in.tensor, wanted, out.tensor);
     return arrays_.Download(out);
   }
 
@@ -307,11 +323,12 @@ class BackendOps {
     for (const AdapterSource& source : sources) {
       std::vector<PageId> own;  // backwards: not contiguous in memory
       for (uint32_t i = 0; i < backend_->AdapterPages(source); ++i) own.push_back(--next);
-      installed.push_back(Unwrap(backend_->InstallAdapter(nullptr, source, own)));
+      installed.push_back(Unwrap(backend_->InstallAdapter(source, own)));
     }
     return installed;
   }
 
+  std::vector<std::unique_ptr<py::buffer_info>> registered_;
   std::unique_ptr<Backend> backend_;
   DeviceArrays arrays_;
   std::vector<std::vector<PageId>> pages_;  // of each sequence
@@ -349,6 +366,9 @@ void BindBackendOps(py::module_& m) {
            py::arg("device"), py::arg("isa") = "", py::arg("threads") = 2,
            py::arg("adapter_dtype") = py::none())
       .def_property_readonly("name", &BackendOps::name)
+      .def("register_host_memory", &BackendOps::RegisterHostMemory, py::arg("memory"))
+      .def("unregister_host_memory", &BackendOps::UnregisterHostMemory)
+      .def("install_reads", &BackendOps::InstallReads)
       .def("gemm", &BackendOps::Gemm, py::arg("x"), py::arg("parts"),
            py::arg("bias") = std::vector<float>{}, py::arg("dtype") = "float32",
            py::arg("y") = py::none())

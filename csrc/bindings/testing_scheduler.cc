@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bindings/raise.h"
 #include "bindings/testing.h"
 #include "engine/scheduler.h"
@@ -16,7 +18,7 @@ constexpr int32_t kDrawn = 7;
 // A step as plain tuples.
 struct TestStep {
   std::vector<std::tuple<RequestId, int32_t, int32_t, bool>> items;  // id, begin, count, samples
-  std::vector<std::pair<AdapterId, std::vector<PageId>>> installed;
+  std::vector<std::pair<AdapterId, std::vector<PageId>>> started;    // installations
   std::vector<AdapterId> evicted;
   std::vector<RequestId> finished;
   std::map<RequestId, std::vector<PageId>> pages;  // of the KV blocks of the running sequences
@@ -35,6 +37,19 @@ class TestScheduler {
     std::vector<AdapterId> removed;
     for (const auto& one : scheduler_.TakeRemoved()) removed.push_back(one.id);
     return removed;
+  }
+
+  void EndInstall(AdapterId id, bool complete) { scheduler_.EndInstall(id, complete); }
+  void Prefetch(AdapterId id, bool evict) { scheduler_.Prefetch(id, evict); }
+  void SetCosts(double prefill_token, double install, double install_byte) {
+    scheduler_.SetCosts({prefill_token, install, install_byte});
+  }
+  std::vector<AdapterId> TakeUnneeded() { return scheduler_.TakeUnneeded(); }
+  std::vector<AdapterId> Installing() const {
+    std::vector<AdapterId> ids;
+    for (const auto& [id, bytes] : scheduler_.adapters().installing()) ids.push_back(id);
+    std::sort(ids.begin(), ids.end());
+    return ids;
   }
 
   void Add(RequestId id, const std::vector<int32_t>& prompt, int32_t max_tokens, AdapterId adapter,
@@ -58,7 +73,7 @@ class TestScheduler {
     TestStep step;
     for (const AdapterChange& change : batch.changes) {
       if (change.install) {
-        step.installed.emplace_back(change.adapter, change.pages);
+        step.started.emplace_back(change.adapter, change.pages);
       } else {
         step.evicted.push_back(change.adapter);
       }
@@ -91,7 +106,6 @@ class TestScheduler {
     const SchedulerCounters& c = scheduler_.counters();
     return {{"preemptions", c.preemptions},
             {"prefix_hit_tokens", c.prefix_hit_tokens},
-            {"installs", c.installs},
             {"evictions", c.evictions}};
   }
 
@@ -104,7 +118,7 @@ class TestScheduler {
 void BindScheduler(py::module_& m) {
   py::class_<TestStep>(m, "Step")
       .def_readonly("items", &TestStep::items)
-      .def_readonly("installed", &TestStep::installed)
+      .def_readonly("started", &TestStep::started)
       .def_readonly("evicted", &TestStep::evicted)
       .def_readonly("finished", &TestStep::finished)
       .def_readonly("pages", &TestStep::pages);
@@ -112,15 +126,13 @@ void BindScheduler(py::module_& m) {
   py::class_<TestScheduler>(m, "Scheduler")
       .def(py::init([](uint32_t pages, uint32_t pages_per_block, int32_t max_batch_tokens,
                        int32_t max_sequences, uint64_t max_step_adapter_bytes,
-                       int32_t max_step_installs, uint64_t max_step_install_bytes,
-                       int32_t max_overtakes, bool prefix_cache) {
+                       uint64_t max_install_bytes, int32_t max_overtakes, bool prefix_cache) {
              return std::make_unique<TestScheduler>(
                  SchedulerConfig{.pages_per_block = pages_per_block,
                                  .max_batch_tokens = max_batch_tokens,
                                  .max_sequences = max_sequences,
                                  .max_step_adapter_bytes = max_step_adapter_bytes,
-                                 .max_step_installs = max_step_installs,
-                                 .max_step_install_bytes = max_step_install_bytes,
+                                 .max_install_bytes = max_install_bytes,
                                  .max_overtakes = max_overtakes,
                                  .prefix_cache = prefix_cache},
                  pages);
@@ -129,13 +141,18 @@ void BindScheduler(py::module_& m) {
            py::arg("max_batch_tokens") = defaults.max_batch_tokens,
            py::arg("max_sequences") = defaults.max_sequences,
            py::arg("max_step_adapter_bytes") = defaults.max_step_adapter_bytes,
-           py::arg("max_step_installs") = defaults.max_step_installs,
-           py::arg("max_step_install_bytes") = defaults.max_step_install_bytes,
+           py::arg("max_install_bytes") = defaults.max_install_bytes,
            py::arg("max_overtakes") = defaults.max_overtakes,
            py::arg("prefix_cache") = defaults.prefix_cache)
       .def("add_adapter", &TestScheduler::AddAdapter, py::arg("id"), py::arg("pages"))
       .def("remove_adapter", &TestScheduler::RemoveAdapter, py::arg("id"))
       .def("take_removed", &TestScheduler::TakeRemoved)
+      .def("end_install", &TestScheduler::EndInstall, py::arg("id"), py::arg("complete") = true)
+      .def("prefetch", &TestScheduler::Prefetch, py::arg("id"), py::arg("evict") = false)
+      .def("set_costs", &TestScheduler::SetCosts, py::arg("prefill_token"), py::arg("install"),
+           py::arg("install_byte"))
+      .def("take_unneeded", &TestScheduler::TakeUnneeded)
+      .def_property_readonly("installing", &TestScheduler::Installing)
       .def("add", &TestScheduler::Add, py::arg("id"), py::arg("prompt"), py::arg("max_tokens") = 1,
            py::arg("adapter") = 0, py::arg("priority") = 0, py::arg("deadline") = 0.0)
       .def("take", &TestScheduler::Take, py::arg("id"))

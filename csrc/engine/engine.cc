@@ -15,6 +15,10 @@ namespace {
 
 constexpr int64_t kMaxLogitRows = 64;
 constexpr uint64_t kMaxPageBytes = 1 << 30;
+// Of a slow machine, until something is measured; and how much a new measurement counts.
+constexpr EvictionCosts kFirstCosts = {
+    .prefill_token_seconds = 1e-3, .install_seconds = 2e-4, .install_byte_seconds = 1e-9};
+constexpr double kNewest = 0.1;
 
 // The largest page from 64 down to 16 KiB that wastes at most an eighth of a KV block, else the one
 // that wastes least. Large pages keep an adapter's tiles long: docs/decisions/0002-page-size.md.
@@ -121,6 +125,11 @@ Status Engine::Initialize(const ModelWeights& weights) {
       std::move(arena.value()));
   runner_ = std::make_unique<ModelRunner>(backend_.get(), llama_.get(), &scheduler_->blocks(),
                                           kMaxLogitRows);
+  costs_ = kFirstCosts;
+  scheduler_->SetCosts(costs_);
+  installer_ = std::make_unique<Installer>(backend_.get(), [this] {
+    if (wake_) wake_();
+  });
   stats_.page_bytes = layout.page_bytes;
   stats_.weight_bytes = static_cast<uint64_t>(llama_->weight_bytes());
   return Status();
@@ -168,10 +177,12 @@ Status Engine::AddAdapter(AdapterId id, AdapterSource source) {
   const uint32_t pages = backend_->AdapterPages(source);
   status = scheduler_->AddAdapter(id, pages, uint64_t{pages} * stats_.page_bytes);
   if (!status.ok()) return status;
+  Adapter& adapter = adapters_[id];
   for (const AdapterModuleSource& module : source.modules) {
-    ranks_[id] = std::max(ranks_[id], static_cast<int32_t>(module.rank));
+    adapter.rank = std::max(adapter.rank, static_cast<int32_t>(module.rank));
   }
-  runner_->AddAdapter(id, std::move(source));
+  adapter.source = std::make_shared<const AdapterSource>(std::move(source));
+  if (config_.prefetch) scheduler_->Prefetch(id, /*evict=*/false);
   return status;
 }
 
@@ -204,7 +215,9 @@ void Engine::Publish(const StepBatch& batch, std::vector<SampleResult> results) 
     if (params.logprobs >= 0) output.logprobs.push_back(result.logprob);
     if (params.logprobs > 0) output.top_logprobs.push_back(std::move(result.top_logprobs));
     if (output.first_index == 0) {
+      // A copy: that they are told counts when the sequence is preempted.
       output.prompt_logprobs = sequence.prompt_logprobs;
+      output.prompt_top_logprobs = std::move(sequence.prompt_top_logprobs);
       output.queue_seconds = sequence.queue_seconds;
     }
     sequence.tokens.push_back(result.token);
@@ -242,36 +255,87 @@ StepRecord Engine::Describe(const StepBatch& batch) const {
     }
     const AdapterId adapter = item.sequence->request.adapter;
     if (adapter == 0) continue;
-    record.token_ranks += int64_t{item.count} * ranks_.at(adapter);
+    record.token_ranks += int64_t{item.count} * adapters_.at(adapter).rank;
     adapters.insert(adapter);
   }
   record.adapters = static_cast<int32_t>(adapters.size());
   for (const AdapterId adapter : adapters) {
-    record.max_rank = std::max(record.max_rank, ranks_.at(adapter));
+    record.max_rank = std::max(record.max_rank, adapters_.at(adapter).rank);
     record.adapter_bytes += static_cast<int64_t>(scheduler_->adapters().entry(adapter).bytes);
   }
-  record.installs = static_cast<int32_t>(std::count_if(batch.changes.begin(), batch.changes.end(),
-                                                       [](const auto& c) { return c.install; }));
+  record.installs = static_cast<int32_t>(scheduler_->adapters().installing().size());
   return record;
+}
+
+void Engine::TakeInstalled(double now, StepReport& report) {
+  for (Installer::Done& done : installer_->TakeDone()) {
+    const bool complete = done.adapter != nullptr;
+    if (complete) {
+      const auto bytes = static_cast<double>(scheduler_->adapters().entry(done.id).bytes);
+      costs_.install_byte_seconds +=
+          kNewest * (done.writing_seconds / bytes - costs_.install_byte_seconds);
+      runner_->Install(done.id, std::move(done.adapter));
+      adapters_.at(done.id).installed_at = now;
+      report.installs.emplace_back(done.id, true);
+      ++stats_.adapter_installs;
+      stats_.adapter_install_seconds += done.seconds;
+    }
+    scheduler_->EndInstall(done.id, complete);
+    if (done.error.ok()) continue;
+    // Or it would be tried again in every step.
+    for (const RequestId id : scheduler_->WaitingFor(done.id)) {
+      Finish(id, FinishReason::kError, done.error, nullptr);
+    }
+  }
+}
+
+void Engine::Started(Sequence& sequence, double now) {
+  if (sequence.queue_seconds >= 0) return;
+  const Request& request = sequence.request;
+  sequence.queue_seconds = std::max(0.0, now - request.submitted);
+  if (request.adapter == 0) return;
+  const double installed_at = adapters_.at(request.adapter).installed_at;
+  if (installed_at <= request.submitted) return;
+  ++stats_.adapter_waits;
+  stats_.adapter_wait_seconds += installed_at - request.submitted;
+}
+
+void Engine::Measure(const StepBatch& batch, double seconds) {
+  int32_t prefill = 0;
+  for (const StepItem& item : batch.items) prefill += item.count > 1 ? item.count : 0;
+  if (2 * prefill > batch.num_tokens) {
+    const double one = seconds / batch.num_tokens;
+    costs_.prefill_token_seconds += kNewest * (one - costs_.prefill_token_seconds);
+  }
+  scheduler_->SetCosts(costs_);
+}
+
+void Engine::Apply(const std::vector<AdapterChange>& changes, StepReport& report) {
+  for (const AdapterChange& change : changes) {
+    if (change.install) {
+      installer_->Start(change.adapter, adapters_.at(change.adapter).source, change.pages,
+                        change.pages.size() * stats_.page_bytes);
+    } else {
+      runner_->Evict(change.adapter);
+      report.installs.emplace_back(change.adapter, false);
+    }
+  }
 }
 
 StepReport Engine::Step(double now) {
   StepReport report;
+  TakeInstalled(now, report);
   for (const RequestId id : scheduler_->Expired(now)) {
     Finish(id, FinishReason::kError, Status(StatusCode::kDeadlineExceeded, "deadline: has passed"),
            nullptr);
   }
   const StepBatch batch = scheduler_->Schedule();
-  if (!batch.items.empty()) {
-    for (const StepItem& item : batch.items) {
-      Sequence& sequence = *item.sequence;
-      if (sequence.queue_seconds < 0) {
-        sequence.queue_seconds = std::max(0.0, now - sequence.request.submitted);
-      }
-    }
-    for (const AdapterChange& change : batch.changes) {
-      report.installs.emplace_back(change.adapter, change.install);
-    }
+  Apply(batch.changes, report);
+  for (const AdapterId id : scheduler_->TakeUnneeded()) installer_->GiveUp(id);
+  ran_ = !batch.items.empty();
+  installer_->SetDecoding(ran_);
+  if (ran_) {
+    for (const StepItem& item : batch.items) Started(*item.sequence, now);
     if (config_.record_steps) report.records.push_back(Describe(batch));
     std::vector<SampleResult> results = runner_->Run(batch);
     scheduler_->Computed(batch);
@@ -284,12 +348,13 @@ StepReport Engine::Step(double now) {
     }
     const double seconds = MonotonicSeconds() - now;
     stats_.step_seconds += seconds;
+    Measure(batch, seconds);
     if (config_.record_steps) report.records.back().seconds = seconds;
   }
   report.outputs = std::exchange(pending_, {});
   for (const Scheduler::RemovedAdapter& removed : scheduler_->TakeRemoved()) {
-    runner_->RemoveAdapter(removed.id);
-    ranks_.erase(removed.id);
+    runner_->Evict(removed.id);
+    adapters_.erase(removed.id);
     report.removed_adapters.push_back(removed.id);
   }
   return report;
@@ -300,7 +365,6 @@ EngineStats Engine::stats() const {
   const SchedulerCounters& counters = scheduler_->counters();
   stats.preemptions = counters.preemptions;
   stats.prefix_hit_tokens = counters.prefix_hit_tokens;
-  stats.adapter_installs = counters.installs;
   stats.adapter_evictions = counters.evictions;
   stats.running = scheduler_->num_running();
   stats.waiting = scheduler_->num_waiting();
@@ -309,6 +373,10 @@ EngineStats Engine::stats() const {
   stats.pages_kv = arena.count(PageUse::kKv);
   stats.pages_adapter = arena.count(PageUse::kAdapter);
   stats.adapters_installed = scheduler_->adapters().num_installed();
+  stats.adapters_installing = scheduler_->adapters().installing().size();
+  const InstallReads reads = backend_->install_reads();
+  stats.adapter_direct_bytes = reads.direct_bytes;
+  stats.adapter_staged_bytes = reads.staged_bytes;
   stats.adapter_weight_bytes = runner_->adapter_weight_bytes();
   return stats;
 }

@@ -1,15 +1,17 @@
 // One model on one device: takes requests, steps, gives tokens.
 //
 // Not thread-safe; engine_thread.h is. Only Validate and ValidateAdapter may be called from
-// anywhere.
+// anywhere. It has one thread of its own, the installer's.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "backend/registry.h"
+#include "engine/installer.h"
 #include "engine/model_runner.h"
 #include "engine/request.h"
 #include "engine/scheduler.h"
@@ -30,6 +32,7 @@ struct EngineConfig {
   int32_t max_sequences = 64;
   uint64_t max_step_adapter_bytes = 0;
   bool prefix_cache = true;
+  bool prefetch = true;       // install adapters when they are added, while pages are free
   bool record_steps = false;  // StepRecords in the reports, for profiling
 };
 
@@ -37,8 +40,8 @@ struct EngineConfig {
 struct StepReport {
   std::vector<Output> outputs;
   std::vector<AdapterId> removed_adapters;  // their bytes are not read any more
-  // Adapters written into pages (true) and out of them (false), in this order. A removed adapter is
-  // out without a word.
+  // Adapters that are in pages from now on (true) or no more (false), in this order. A removed
+  // adapter is out without a word.
   std::vector<std::pair<AdapterId, bool>> installs;
   std::vector<StepRecord> records;  // with EngineConfig::record_steps
   bool empty() const {
@@ -67,22 +70,48 @@ class Engine {
   // The bytes behind `source` stay valid until a report lists the id as removed.
   Status AddAdapter(AdapterId id, AdapterSource source);
   Status RemoveAdapter(AdapterId id);
+  // Brings the adapter into pages before it is asked for, in the place of what would be evicted
+  // next; a hint.
+  void Prefetch(AdapterId id) { scheduler_->Prefetch(id, /*evict=*/true); }
+
+  // Called, by another thread, when Step would bring something though HasWork() said no. Set before
+  // the first adapter is added.
+  void OnWake(std::function<void()> wake) { wake_ = std::move(wake); }
 
   // Schedule, run, sample, publish. `now` is MonotonicSeconds().
   StepReport Step(double now);
-  // Whether Step would bring anything.
-  bool HasWork() const { return scheduler_->HasWork() || !pending_.empty(); }
+  // Whether Step would bring anything. If not, it may once OnWake's function has been called, a
+  // request or an adapter has come or gone, or a deadline has passed.
+  bool HasWork() const { return ran_ || !pending_.empty(); }
+  // When the next waiting or running request expires; 0: none does.
+  double NextDeadline() const { return scheduler_->NextDeadline(); }
+  // No adapter's bytes are read any more. The engine is good for nothing afterwards.
+  void Stop() { installer_->Stop(); }
 
   EngineStats stats() const;
   std::string backend_name() const { return backend_->name(); }
+  // As Backend's; by any thread.
+  Result<bool> RegisterHostMemory(void* memory, uint64_t bytes) {
+    return backend_->RegisterHostMemory(memory, bytes);
+  }
 
  private:
   Engine(const EngineConfig& config, const ModelConfig& model) : config_(config), model_(model) {}
   Status Initialize(const ModelWeights& weights);
+  void Started(Sequence& sequence, double now);
+  void Measure(const StepBatch& batch, double seconds);
   void Finish(RequestId id, FinishReason reason, Status error, Output* last);
   void Publish(const StepBatch& batch, std::vector<SampleResult> results);
   int32_t MaxTokens(const Request& request) const;
   StepRecord Describe(const StepBatch& batch) const;
+  void TakeInstalled(double now, StepReport& report);
+  void Apply(const std::vector<AdapterChange>& changes, StepReport& report);
+
+  struct Adapter {
+    std::shared_ptr<const AdapterSource> source;
+    int32_t rank = 0;          // the largest of its modules
+    double installed_at = -1;  // the last time
+  };
 
   EngineConfig config_;
   ModelConfig model_;
@@ -90,9 +119,13 @@ class Engine {
   std::unique_ptr<LlamaModel> llama_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<ModelRunner> runner_;
-  std::vector<Output> pending_;                   // for the next report
-  std::unordered_map<AdapterId, int32_t> ranks_;  // of the adapters, the largest of their modules
+  std::vector<Output> pending_;  // for the next report
+  std::unordered_map<AdapterId, Adapter> adapters_;
+  EvictionCosts costs_;
+  bool ran_ = false;  // the last step computed something, so the next one may
   EngineStats stats_;
+  std::function<void()> wake_;
+  std::unique_ptr<Installer> installer_;  // last: it uses what is above
 };
 
 }  // namespace loraserve

@@ -12,7 +12,16 @@ Status Stopped() { return Status(StatusCode::kUnavailable, "engine: has stopped"
 }  // namespace
 
 EngineThread::EngineThread(std::unique_ptr<Engine> engine)
-    : engine_(std::move(engine)), stats_(engine_->stats()), thread_([this] { Loop(); }) {}
+    : engine_(std::move(engine)), stats_(engine_->stats()) {
+  engine_->OnWake([this] {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      woken_ = true;
+    }
+    wake_.notify_one();
+  });
+  thread_ = std::thread([this] { Loop(); });
+}
 
 EngineThread::~EngineThread() { Stop(); }
 
@@ -81,6 +90,10 @@ Status EngineThread::RemoveAdapter(AdapterId id) {
   return Ask([id](Engine& engine) { return engine.RemoveAdapter(id); });
 }
 
+void EngineThread::Prefetch(AdapterId id) {
+  Post([id](Engine& engine) { engine.Prefetch(id); });
+}
+
 std::optional<StepReport> EngineThread::WaitReport(double timeout_s) {
   std::unique_lock<std::mutex> lock(mutex_);
   reported_.wait_for(lock, std::chrono::duration<double>(timeout_s),
@@ -94,6 +107,14 @@ EngineStats EngineThread::stats() const {
   return stats_;
 }
 
+void EngineThread::AwaitWork(std::unique_lock<std::mutex>& lock) {
+  const auto ready = [&] { return !commands_.empty() || woken_ || stop_; };
+  // A request that waits for its adapter may expire first.
+  const double deadline = engine_->NextDeadline();
+  if (deadline <= 0) return wake_.wait(lock, ready);
+  wake_.wait_for(lock, std::chrono::duration<double>(deadline - MonotonicSeconds()), ready);
+}
+
 void EngineThread::Loop() {
   bool idle = true;  // nothing to step: wait for a command
   for (;;) {
@@ -101,7 +122,8 @@ void EngineThread::Loop() {
     bool stop;
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      if (idle) wake_.wait(lock, [&] { return !commands_.empty() || stop_; });
+      if (idle) AwaitWork(lock);
+      woken_ = false;
       commands = std::exchange(commands_, {});
       stop = stop_;
     }
@@ -123,6 +145,7 @@ void EngineThread::Loop() {
     }
     if (report) reported_.notify_one();
   }
+  engine_->Stop();
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopped_ = true;

@@ -34,31 +34,41 @@ class EngineThread {
   // Running requests go on; new ones are refused. A report lists the id when the last has ended.
   Status RemoveAdapter(AdapterId id);
 
+  // See Engine; nothing if the adapter is not there.
+  void Prefetch(AdapterId id);
+
   // Blocks until a step brought something, `timeout_s` has passed or the engine has stopped. One
   // caller at a time. Nothing once it has stopped and everything was taken.
   std::optional<StepReport> WaitReport(double timeout_s);
 
   EngineStats stats() const;
   std::string backend_name() const { return engine_->backend_name(); }
-  // Ends the thread after its current step; unfinished requests are forgotten. Returns, to every
-  // caller, when it has ended.
+  // As Backend's. The memory stays until this object has gone.
+  Result<bool> RegisterHostMemory(void* memory, uint64_t bytes) {
+    return engine_->RegisterHostMemory(memory, bytes);
+  }
+  // Ends the thread after its current step; unfinished requests and installations are forgotten.
+  // Returns, to every caller, when it has ended: no adapter's bytes are read any more.
   void Stop();
 
  private:
   using Command = std::function<void(Engine&)>;
   void Loop();
+  // Until there is a reason for a step.
+  void AwaitWork(std::unique_lock<std::mutex>& lock);
   void Post(Command command);
   // Runs `call` on the engine's thread and returns its answer.
   Status Ask(std::function<Status(Engine&)> call);
 
   std::unique_ptr<Engine> engine_;
   mutable std::mutex mutex_;
-  std::condition_variable wake_;      // commands_ or stop_ changed
+  std::condition_variable wake_;      // commands_, woken_ or stop_ changed
   std::condition_variable reported_;  // report_ or stopped_ changed
   std::vector<Command> commands_;
   StepReport report_;
   std::unordered_set<RequestId> live_;  // submitted and not reported as finished
   EngineStats stats_;
+  bool woken_ = false;  // by the engine, see Engine::OnWake
   bool stop_ = false;
   bool stopped_ = false;
   std::mutex join_mutex_;  // never taken inside mutex_

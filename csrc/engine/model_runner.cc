@@ -3,34 +3,20 @@
 #include <algorithm>
 #include <numeric>
 
-#include "base/check.h"
 #include "lora/adapter_batch.h"
 
 namespace loraserve {
 
-void ModelRunner::RemoveAdapter(AdapterId id) {
-  Forget(id);
-  sources_.erase(id);
+void ModelRunner::Install(AdapterId id, std::unique_ptr<InstalledAdapter> adapter) {
+  adapter_weight_bytes_ += adapter->weight_bytes();
+  installed_[id] = std::move(adapter);
 }
 
-void ModelRunner::Forget(AdapterId id) {
+void ModelRunner::Evict(AdapterId id) {
   const auto found = installed_.find(id);
   if (found == installed_.end()) return;
   adapter_weight_bytes_ -= found->second->weight_bytes();
   installed_.erase(found);
-}
-
-void ModelRunner::Apply(const std::vector<AdapterChange>& changes) {
-  for (const AdapterChange& change : changes) {
-    if (!change.install) {
-      Forget(change.adapter);
-      continue;
-    }
-    auto adapter = backend_->InstallAdapter(nullptr, sources_.at(change.adapter), change.pages);
-    LS_CHECK(adapter.ok());
-    adapter_weight_bytes_ += adapter.value()->weight_bytes();
-    installed_[change.adapter] = std::move(adapter.value());
-  }
 }
 
 void ModelRunner::BuildInputs(const StepBatch& batch, const std::vector<size_t>& order) {
@@ -94,8 +80,8 @@ SampleRow ModelRunner::MakeSampleRow(const StepItem& item, int32_t forced_token)
   SampleRow row;
   row.forced_token = forced_token;
   row.want_logprob = forced_token >= 0 || params.logprobs >= 0;
-  if (forced_token >= 0) return row;
   row.num_top_logprobs = std::max(params.logprobs, 0);
+  if (forced_token >= 0) return row;
   row.temperature = params.temperature;
   row.top_k = params.top_k;
   row.top_p = params.top_p;
@@ -118,7 +104,6 @@ SampleRow ModelRunner::MakeSampleRow(const StepItem& item, int32_t forced_token)
 }
 
 std::vector<SampleResult> ModelRunner::Run(const StepBatch& batch) {
-  Apply(batch.changes);
   // Sequences of one adapter side by side: one segment for each adapter.
   std::vector<size_t> order(batch.items.size());
   std::iota(order.begin(), order.end(), 0);
@@ -129,8 +114,9 @@ std::vector<SampleResult> ModelRunner::Run(const StepBatch& batch) {
   backend_->BeginStep(nullptr, {.token_ids = token_ids_,
                                 .positions = positions_,
                                 .sequences = spans_,
-                                .block_pages = pages_});
-  model_->Forward(nullptr, static_cast<int64_t>(token_ids_.size()), segments_);
+                                .block_pages = pages_,
+                                .segments = segments_});
+  model_->Forward(nullptr, static_cast<int64_t>(token_ids_.size()));
 
   std::vector<SampleResult> results(batch.items.size());
   const std::vector<LogitRow> logit_rows = LogitRows(batch, order);
@@ -151,7 +137,11 @@ std::vector<SampleResult> ModelRunner::Run(const StepBatch& batch) {
       if (logit_row.forced_token < 0) {
         results[logit_row.item] = std::move(sampled[i]);
       } else {
-        batch.items[logit_row.item].sequence->prompt_logprobs.push_back(sampled[i].logprob);
+        Sequence& sequence = *batch.items[logit_row.item].sequence;
+        sequence.prompt_logprobs.push_back(sampled[i].logprob);
+        if (sequence.request.params.logprobs > 0) {
+          sequence.prompt_top_logprobs.push_back(std::move(sampled[i].top_logprobs));
+        }
       }
     }
   }

@@ -18,9 +18,9 @@ class ModelRunner {
   ModelRunner(Backend* backend, LlamaModel* model, const BlockPool* blocks, int64_t max_logit_rows)
       : backend_(backend), model_(model), blocks_(blocks), max_logit_rows_(max_logit_rows) {}
 
-  // The bytes behind `source` stay valid until RemoveAdapter.
-  void AddAdapter(AdapterId id, AdapterSource source) { sources_[id] = std::move(source); }
-  void RemoveAdapter(AdapterId id);
+  // Steps may use the adapter from now on; or no more.
+  void Install(AdapterId id, std::unique_ptr<InstalledAdapter> adapter);
+  void Evict(AdapterId id);  // nothing if it is not installed
 
   // One result for each item, in order; those of items that do not sample are empty. Appends the
   // logprobs of prompt tokens to the sequences that ask for them.
@@ -37,8 +37,6 @@ class ModelRunner {
     int32_t forced_token = -1;
   };
 
-  void Apply(const std::vector<AdapterChange>& changes);
-  void Forget(AdapterId id);
   void BuildInputs(const StepBatch& batch, const std::vector<size_t>& order);
   std::vector<LogitRow> LogitRows(const StepBatch& batch, const std::vector<size_t>& order) const;
   SampleRow MakeSampleRow(const StepItem& item, int32_t forced_token) const;
@@ -47,7 +45,6 @@ class ModelRunner {
   LlamaModel* model_;
   const BlockPool* blocks_;
   int64_t max_logit_rows_;
-  std::unordered_map<AdapterId, AdapterSource> sources_;
   std::unordered_map<AdapterId, std::unique_ptr<InstalledAdapter>> installed_;
   uint64_t adapter_weight_bytes_ = 0;  // of installed_
 

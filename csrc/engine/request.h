@@ -28,7 +28,7 @@ struct SamplingParams {
   std::vector<std::pair<int32_t, float>> logit_bias;
   std::vector<int32_t> stop_token_ids;  // end tokens of the model among them; unless ignore_eos
   int32_t logprobs = -1;                // -1: none; n: of the chosen token and the n likeliest
-  bool prompt_logprobs = false;
+  bool prompt_logprobs = false;         // likewise, of each prompt token given those before it
 };
 
 struct Request {
@@ -54,7 +54,9 @@ struct Output {
   std::vector<int32_t> token_ids;
   std::vector<float> logprobs;  // one for each token if asked for
   std::vector<std::vector<std::pair<int32_t, float>>> top_logprobs;
-  std::vector<float> prompt_logprobs;  // with the first token: of prompt[1:]
+  // With the first token: of prompt[1:], and the likeliest at each of its positions if asked for.
+  std::vector<float> prompt_logprobs;
+  std::vector<std::vector<std::pair<int32_t, float>>> prompt_top_logprobs;
   FinishReason finish_reason = FinishReason::kNone;
   Status error;               // with kError
   int32_t cached_tokens = 0;  // of the prompt, found in the prefix cache

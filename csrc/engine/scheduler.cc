@@ -7,15 +7,20 @@
 namespace loraserve {
 
 // Invariants: a sequence is in running_ or in exactly one queue of waiting_, and there in
-// not_promoted_ too unless it is promoted. A waiting sequence holds no blocks and no pin. A running
-// one uses its cache root and pins its adapter, which is installed.
+// not_promoted_ too unless it is promoted. A waiting sequence holds no blocks and no pin; its
+// adapter is wanted. A running one uses its cache root and pins its adapter, which is installed.
 
 Scheduler::Scheduler(const SchedulerConfig& config, PageArena arena)
     : config_(config),
       arena_(std::move(arena)),
       blocks_(&arena_, config.pages_per_block),
-      cache_(&blocks_, config.block_size),
-      adapters_(&arena_) {}
+      cache_(&blocks_, &eviction_order_, config.block_size),
+      adapters_(&arena_, &eviction_order_) {}
+
+void Scheduler::SetCosts(const EvictionCosts& costs) {
+  cache_.SetCost(costs.prefill_token_seconds * config_.block_size / blocks_.pages_per_block());
+  adapters_.SetCost(costs.install_seconds, costs.install_byte_seconds);
+}
 
 uint32_t Scheduler::PagesFor(int64_t tokens) const {
   const int64_t blocks = (tokens + config_.block_size - 1) / config_.block_size;
@@ -31,8 +36,23 @@ Status Scheduler::RemoveAdapter(AdapterId id) {
     return Status(StatusCode::kNotFound, "adapter: id " + std::to_string(id) + " is not loaded");
   }
   adapters_.StartDraining(id);
-  if (adapters_.Idle(id)) removed_.push_back({id, adapters_.Remove(id)});
+  RemoveIfIdle(id);
   return Status();
+}
+
+void Scheduler::RemoveIfIdle(AdapterId id) {
+  const AdapterResidency::Entry& entry = adapters_.entry(id);
+  if (!entry.draining) return;
+  if (adapters_.Idle(id)) {
+    removed_.push_back({id, adapters_.Remove(id)});
+  } else if (entry.requests == 0) {
+    unneeded_.push_back(id);
+  }
+}
+
+void Scheduler::EndInstall(AdapterId id, bool complete) {
+  adapters_.EndInstall(id, complete, step_);
+  RemoveIfIdle(id);
 }
 
 std::vector<Scheduler::RemovedAdapter> Scheduler::TakeRemoved() {
@@ -69,7 +89,9 @@ Status Scheduler::Add(std::unique_ptr<Sequence> sequence) {
 }
 
 void Scheduler::Enqueue(Sequence* sequence) {
-  waiting_[sequence->request.adapter].emplace(OrderOf(*sequence), sequence);
+  const AdapterId adapter = sequence->request.adapter;
+  waiting_[adapter].emplace(OrderOf(*sequence), sequence);
+  if (adapter != 0) adapters_.SetWanted(adapter, true);
   if (sequence->promoted) return;
   sequence->overtaken_at =
       admissions_ + num_waiting() + static_cast<uint64_t>(config_.max_overtakes);
@@ -77,9 +99,13 @@ void Scheduler::Enqueue(Sequence* sequence) {
 }
 
 void Scheduler::Dequeue(Sequence* sequence) {
-  const auto queue = waiting_.find(sequence->request.adapter);
+  const AdapterId adapter = sequence->request.adapter;
+  const auto queue = waiting_.find(adapter);
   queue->second.erase(OrderOf(*sequence));
-  if (queue->second.empty()) waiting_.erase(queue);
+  if (queue->second.empty()) {
+    waiting_.erase(queue);
+    if (adapter != 0) adapters_.SetWanted(adapter, false);
+  }
   not_promoted_.erase({sequence->overtaken_at, sequence->request.id});
 }
 
@@ -110,9 +136,7 @@ std::unique_ptr<Sequence> Scheduler::Take(RequestId id) {
   }
   if (adapter != 0) {
     adapters_.EndRequest(adapter);
-    if (adapters_.entry(adapter).draining && adapters_.Idle(adapter)) {
-      removed_.push_back({adapter, adapters_.Remove(adapter)});
-    }
+    RemoveIfIdle(adapter);
   }
   return sequence;
 }
@@ -123,6 +147,23 @@ std::vector<RequestId> Scheduler::Expired(double now) const {
     if (sequence->request.deadline > 0 && sequence->request.deadline <= now) expired.push_back(id);
   }
   return expired;
+}
+
+std::vector<RequestId> Scheduler::WaitingFor(AdapterId id) const {
+  std::vector<RequestId> waiting;
+  const auto queue = waiting_.find(id);
+  if (queue == waiting_.end()) return waiting;
+  for (const auto& [order, sequence] : queue->second) waiting.push_back(sequence->request.id);
+  return waiting;
+}
+
+double Scheduler::NextDeadline() const {
+  double next = 0;
+  for (const auto& [id, sequence] : sequences_) {
+    const double deadline = sequence->request.deadline;
+    if (deadline > 0 && (next == 0 || deadline < next)) next = deadline;
+  }
+  return next;
 }
 
 void Scheduler::StopRunning(Sequence& sequence) {
@@ -156,30 +197,14 @@ void Scheduler::Preempt(Sequence& sequence, StepBatch& batch) {
   ++counters_.preemptions;
 }
 
-bool Scheduler::MakeRoom(uint32_t pages, StepBatch& batch) {
-  const uint64_t reachable = uint64_t{arena_.count(PageUse::kFree)} + adapters_.evictable_pages() +
-                             uint64_t{cache_.evictable()} * blocks_.pages_per_block();
-  if (reachable < pages) return false;  // do not evict in vain
-  while (arena_.count(PageUse::kFree) < pages) {
-    const std::optional<uint64_t> block = cache_.OldestUse();
-    const std::optional<uint64_t> adapter = adapters_.OldestUse();
-    if (!block && !adapter) return false;
-    // The longest unused goes; of two as old, the block, which costs less to bring back.
-    if (block && (!adapter || *block <= *adapter)) {
-      cache_.Evict();
-    } else {
-      batch.changes.push_back({.adapter = adapters_.Evict(), .install = false, .pages = {}});
-      ++counters_.evictions;
-    }
-  }
-  return true;
-}
-
 bool Scheduler::GrowBlocks(Sequence& sequence, int32_t tokens, StepBatch& batch) {
   const size_t wanted = static_cast<size_t>((tokens + config_.block_size - 1) / config_.block_size);
   if (sequence.blocks.size() >= wanted) return true;
   const size_t missing = wanted - sequence.blocks.size();
-  if (!MakeRoom(static_cast<uint32_t>(missing) * blocks_.pages_per_block(), batch)) return false;
+  const Order order = sequence.running ? kRunning : OrderOf(sequence);
+  if (!MakeRoom(static_cast<uint32_t>(missing) * blocks_.pages_per_block(), order, batch)) {
+    return false;
+  }
   while (sequence.blocks.size() < wanted) {
     const std::optional<BlockId> block = blocks_.Allocate();
     LS_CHECK(block.has_value());
@@ -203,8 +228,9 @@ StepBatch Scheduler::Schedule() {
   ScheduleRunning(batch);
   // A step that had to preempt has no pages to give to newcomers.
   if (counters_.preemptions == preemptions) Admit(batch);
-  // Or the changes would never reach the runner.
-  LS_CHECK(!batch.items.empty() || batch.changes.empty());
+  if (adapters_.installing().empty()) StartPrefetch(batch);
+  // Or what waits would wait for ever.
+  LS_CHECK(!batch.items.empty() || sequences_.empty() || !adapters_.installing().empty());
   return batch;
 }
 
@@ -227,93 +253,11 @@ void Scheduler::ScheduleRunning(StepBatch& batch) {
         if (victim == sequence) break;
         grown = GrowBlocks(*sequence, sequence->computed + count, batch);
       }
-      // Alone, a sequence always fits: Add() refuses what the arena cannot hold.
+      // Alone, a sequence always fits, as Add() refuses what the arena cannot hold, but for pages
+      // that are being written now: it goes on when that has ended.
       if (grown) AddItem(*sequence, count, batch);
     }
   }
-}
-
-void Scheduler::Admit(StepBatch& batch) {
-  PromoteOvertaken();
-  // Heads of the queues, in the order of their requests.
-  std::map<Order, AdapterId> heads;
-  for (const auto& [adapter, queue] : waiting_) heads.emplace(queue.begin()->first, adapter);
-  while (!heads.empty() && static_cast<int32_t>(running_.size()) < config_.max_sequences &&
-         batch.num_tokens < config_.max_batch_tokens) {
-    const AdapterId adapter = heads.begin()->second;
-    heads.erase(heads.begin());
-    Sequence* const sequence = waiting_.at(adapter).begin()->second;
-    const Admission admission = TryAdmit(*sequence, batch);
-    if (admission == Admission::kNoPages) return;
-    if (admission == Admission::kNoAdapter) {
-      if (sequence->promoted) return;
-      continue;
-    }
-    const auto queue = waiting_.find(adapter);
-    if (queue != waiting_.end()) heads.emplace(queue->second.begin()->first, adapter);
-  }
-}
-
-bool Scheduler::AdapterFitsStep(AdapterId id) const {
-  if (config_.max_step_adapter_bytes == 0) return true;
-  uint64_t bytes = adapters_.entry(id).bytes;
-  bool first = true;
-  std::vector<AdapterId> counted;
-  for (const auto& [key, sequence] : running_) {
-    const AdapterId other = sequence->request.adapter;
-    if (other == id) return true;
-    if (other == 0 || std::find(counted.begin(), counted.end(), other) != counted.end()) continue;
-    counted.push_back(other);
-    bytes += adapters_.entry(other).bytes;
-    first = false;
-  }
-  return first || bytes <= config_.max_step_adapter_bytes;
-}
-
-bool Scheduler::InstallAdapter(AdapterId id, StepBatch& batch) {
-  const AdapterResidency::Entry& entry = adapters_.entry(id);
-  if (entry.installed) return true;
-  int32_t installs = 0;
-  uint64_t bytes = entry.bytes;
-  for (const AdapterChange& change : batch.changes) {
-    if (!change.install) continue;
-    ++installs;
-    bytes += adapters_.entry(change.adapter).bytes;
-  }
-  if (installs >= config_.max_step_installs) return false;
-  const uint64_t limit = config_.max_step_install_bytes;
-  if (installs > 0 && limit != 0 && bytes > limit) return false;
-  if (!MakeRoom(entry.pages_needed, batch)) return false;
-  batch.changes.push_back({.adapter = id, .install = true, .pages = adapters_.Install(id)});
-  ++counters_.installs;
-  return true;
-}
-
-Scheduler::Admission Scheduler::TryAdmit(Sequence& sequence, StepBatch& batch) {
-  const AdapterId adapter = sequence.request.adapter;
-  if (adapter != 0) {
-    if (!AdapterFitsStep(adapter) || !InstallAdapter(adapter, batch)) return Admission::kNoAdapter;
-    adapters_.Pin(adapter);
-  }
-  MatchPrefix(sequence);
-  const int32_t count = std::min(sequence.remaining(), config_.max_batch_tokens - batch.num_tokens);
-  // The whole of its tokens must find room, not only the first chunk, or two long prompts would
-  // preempt each other in turn.
-  if (!GrowBlocks(sequence, sequence.num_tokens(), batch)) {
-    StopRunning(sequence);
-    return Admission::kNoPages;
-  }
-  Dequeue(&sequence);
-  ++admissions_;
-  sequence.running = true;
-  running_.emplace(OrderOf(sequence), &sequence);
-  if (!sequence.admitted_once) {
-    sequence.admitted_once = true;
-    sequence.cached_tokens = sequence.computed;
-  }
-  counters_.prefix_hit_tokens += static_cast<uint64_t>(sequence.computed);
-  AddItem(sequence, count, batch);
-  return Admission::kAdmitted;
 }
 
 void Scheduler::MatchPrefix(Sequence& sequence) {

@@ -31,6 +31,7 @@ struct Sequence {
   bool admitted_once = false;
   double queue_seconds = -1;  // until the start of its first step; negative before that
   std::vector<float> prompt_logprobs;
+  std::vector<std::vector<std::pair<int32_t, float>>> prompt_top_logprobs;
 
   int32_t num_tokens() const { return static_cast<int32_t>(tokens.size()); }
   int32_t prompt_length() const { return static_cast<int32_t>(request.prompt.size()); }

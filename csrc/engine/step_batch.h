@@ -8,7 +8,8 @@
 
 namespace loraserve {
 
-// Done in order before the step: an eviction may give its pages to a later installation.
+// Done in order before the step: an eviction may give its pages to a later installation. An
+// installation begins here and goes on beside this step and later ones; see installer.h.
 struct AdapterChange {
   AdapterId adapter = 0;
   bool install = false;  // else evict

@@ -17,7 +17,7 @@ struct StepRecord {
   int32_t adapters = 0;        // distinct ones
   int64_t adapter_bytes = 0;   // of the distinct ones, as they lie in pages
   int32_t max_rank = 0;        // of the distinct ones
-  int32_t installs = 0;        // adapters written into pages before the step; they are in `seconds`
+  int32_t installs = 0;        // adapters being written into pages beside the step
 };
 
 }  // namespace loraserve

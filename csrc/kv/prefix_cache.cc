@@ -67,18 +67,20 @@ PrefixCache::NodeId PrefixCache::Insert(NodeId parent, std::span<const int32_t> 
   node.hash = Hash(parent, tokens);
   node.tokens.assign(tokens.begin(), tokens.end());
   node.users = 1;
+  node.uses = 1;
   by_hash_.emplace(node.hash, id);
   Node& above = nodes_[parent];
-  if (!is_root(above) && above.users == 0) idle_leaves_.erase({above.last_use, parent});
+  if (!is_root(above) && above.users == 0) idle_leaves_.erase({above.key, parent});
   ++above.children;
   return id;
 }
 
 void PrefixCache::Use(NodeId id) {
   Node& node = nodes_[id];
+  ++node.uses;
   if (node.users++ > 0 || is_root(node)) return;
   --evictable_;
-  if (node.children == 0) idle_leaves_.erase({node.last_use, id});
+  if (node.children == 0) idle_leaves_.erase({node.key, id});
 }
 
 void PrefixCache::Release(NodeId id, uint64_t now) {
@@ -86,9 +88,9 @@ void PrefixCache::Release(NodeId id, uint64_t now) {
   LS_CHECK(node.users > 0);
   if (--node.users > 0) return;
   if (is_root(node)) return DropIfIdleRoot(id);
-  node.last_use = now;
+  node.key = order_->KeyOf(cost_, node.uses, now);
   ++evictable_;
-  if (node.children == 0) idle_leaves_.emplace(now, id);
+  if (node.children == 0) idle_leaves_.emplace(node.key, id);
 }
 
 void PrefixCache::DropIfIdleRoot(NodeId id) {
@@ -99,7 +101,7 @@ void PrefixCache::DropIfIdleRoot(NodeId id) {
   unused_.push_back(id);
 }
 
-std::optional<uint64_t> PrefixCache::OldestUse() const {
+std::optional<EvictionKey> PrefixCache::NextKey() const {
   if (idle_leaves_.empty()) return std::nullopt;
   return idle_leaves_.begin()->first;
 }
@@ -107,6 +109,7 @@ std::optional<uint64_t> PrefixCache::OldestUse() const {
 void PrefixCache::Evict() {
   LS_CHECK(!idle_leaves_.empty());
   const NodeId id = idle_leaves_.begin()->second;
+  order_->Evicted(idle_leaves_.begin()->first);
   idle_leaves_.erase(idle_leaves_.begin());
   Remove(id);
 }
@@ -125,7 +128,7 @@ void PrefixCache::Remove(NodeId id) {
   if (is_root(above)) {
     DropIfIdleRoot(parent);
   } else if (above.users == 0 && above.children == 0) {
-    idle_leaves_.emplace(above.last_use, parent);
+    idle_leaves_.emplace(above.key, parent);
   }
 }
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kv/block_pool.h"
+#include "memory/eviction_order.h"
 
 namespace loraserve {
 
@@ -24,8 +25,12 @@ class PrefixCache {
   using NodeId = uint32_t;
   static constexpr NodeId kNone = UINT32_MAX;
 
-  // `pool` outlives the cache; evicted blocks go back to it.
-  PrefixCache(BlockPool* pool, int block_size) : pool_(pool), block_size_(block_size) {}
+  // `pool` and `order` outlive the cache; evicted blocks go back to the pool.
+  PrefixCache(BlockPool* pool, EvictionOrder* order, int block_size)
+      : pool_(pool), order_(order), block_size_(block_size) {}
+
+  // Seconds to compute a block again, for each of its pages. Of what is released from now on.
+  void SetCost(double seconds) { cost_ = seconds; }
 
   // The root of a namespace; stays valid while it has children or users.
   NodeId Root(const std::string& name);
@@ -39,9 +44,9 @@ class PrefixCache {
   void Use(NodeId node);
   void Release(NodeId node, uint64_t now);
 
-  // When the node that would be evicted next was last used; nothing if none can be.
-  std::optional<uint64_t> OldestUse() const;
-  // Frees the least recently used leaf without users. REQUIRES: OldestUse() has a value.
+  // Of the node that would be evicted next; nothing if none can be.
+  std::optional<EvictionKey> NextKey() const;
+  // Frees that node's block. REQUIRES: NextKey() has a value.
   void Evict();
   // Blocks that evictions could free, one after another.
   uint32_t evictable() const { return evictable_; }
@@ -54,7 +59,8 @@ class PrefixCache {
     std::vector<int32_t> tokens;
     uint32_t users = 0;
     uint32_t children = 0;
-    uint64_t last_use = 0;
+    uint32_t uses = 0;  // ever
+    EvictionKey key;    // since its last user left
     bool live = false;
     std::string name;  // of a root
   };
@@ -66,13 +72,15 @@ class PrefixCache {
   void DropIfIdleRoot(NodeId node);
 
   BlockPool* pool_;
+  EvictionOrder* order_;
   int block_size_;
+  double cost_ = 0;
   std::vector<Node> nodes_;
   std::vector<NodeId> unused_;
   std::unordered_multimap<uint64_t, NodeId> by_hash_;
   std::unordered_map<std::string, NodeId> roots_;
-  std::set<std::pair<uint64_t, NodeId>> idle_leaves_;  // (last_use, node)
-  uint32_t evictable_ = 0;                             // non-root nodes without users
+  std::set<std::pair<EvictionKey, NodeId>> idle_leaves_;
+  uint32_t evictable_ = 0;  // non-root nodes without users
 };
 
 }  // namespace loraserve

@@ -1,11 +1,14 @@
 #include "lora/residency.h"
 
+#include <algorithm>
+
 #include "base/check.h"
 
 namespace loraserve {
 
-// Invariant: unpinned_ holds exactly the installed adapters without pins, and evictable_pages_ is
-// the sum of their pages.
+// Invariant: evictable_ holds exactly the installed adapters that are neither pinned nor wanted,
+// and evictable_pages_ is the sum of their pages; spared_ holds those that are wanted but not
+// pinned.
 
 Status AdapterResidency::Add(AdapterId id, uint32_t pages_needed, uint64_t bytes) {
   if (id == 0 || Contains(id)) {
@@ -22,69 +25,110 @@ Status AdapterResidency::Add(AdapterId id, uint32_t pages_needed, uint64_t bytes
   return Status();
 }
 
-const std::vector<PageId>& AdapterResidency::Install(AdapterId id) {
+void AdapterResidency::Unlist(AdapterId id, const Entry& entry) {
+  if (entry.spared()) {
+    spared_.erase(id);
+  } else if (entry.installed() && entry.pins == 0) {
+    evictable_.erase({entry.key, id});
+    evictable_pages_ -= entry.pages_needed;
+  }
+}
+
+void AdapterResidency::List(AdapterId id, const Entry& entry) {
+  if (entry.spared()) {
+    spared_.insert(id);
+  } else if (entry.installed() && entry.pins == 0) {
+    evictable_.emplace(entry.key, id);
+    evictable_pages_ += entry.pages_needed;
+  }
+}
+
+const std::vector<PageId>& AdapterResidency::StartInstall(AdapterId id) {
   Entry& entry = entries_.at(id);
-  LS_CHECK(!entry.installed);
+  LS_CHECK(entry.state == State::kHost);
   auto pages = arena_->Allocate(entry.pages_needed, PageUse::kAdapter);
   LS_CHECK(pages.ok());
   entry.pages = std::move(pages.value());
-  entry.installed = true;
-  ++num_installed_;
-  if (entry.pins == 0) {
-    unpinned_.emplace(entry.last_use, id);
-    evictable_pages_ += entry.pages_needed;
-  }
+  entry.state = State::kInstalling;
+  installing_.emplace(id, entry.bytes);
   return entry.pages;
+}
+
+void AdapterResidency::EndInstall(AdapterId id, bool complete, uint64_t now) {
+  Entry& entry = entries_.at(id);
+  LS_CHECK(entry.state == State::kInstalling);
+  installing_.erase(id);
+  if (!complete) return FreePages(entry);
+  entry.state = State::kInstalled;
+  entry.uses = 0;
+  entry.key = KeyOf(entry, now);
+  ++num_installed_;
+  List(id, entry);
 }
 
 void AdapterResidency::Pin(AdapterId id) {
   Entry& entry = entries_.at(id);
-  if (entry.pins++ > 0 || !entry.installed) return;
-  unpinned_.erase({entry.last_use, id});
-  evictable_pages_ -= entry.pages_needed;
+  LS_CHECK(entry.installed());
+  Unlist(id, entry);
+  ++entry.pins;
+  ++entry.uses;
 }
 
 void AdapterResidency::Unpin(AdapterId id, uint64_t now) {
   Entry& entry = entries_.at(id);
   LS_CHECK(entry.pins > 0);
-  if (--entry.pins > 0) return;
-  entry.last_use = now;
-  if (!entry.installed) return;
-  unpinned_.emplace(now, id);
-  evictable_pages_ += entry.pages_needed;
+  --entry.pins;
+  if (entry.pins == 0) entry.key = KeyOf(entry, now);
+  List(id, entry);
 }
 
-std::optional<uint64_t> AdapterResidency::OldestUse() const {
-  if (unpinned_.empty()) return std::nullopt;
-  return unpinned_.begin()->first;
-}
-
-AdapterId AdapterResidency::Evict() {
-  LS_CHECK(!unpinned_.empty());
-  const AdapterId id = unpinned_.begin()->second;
-  unpinned_.erase(unpinned_.begin());
+void AdapterResidency::SetWanted(AdapterId id, bool wanted) {
   Entry& entry = entries_.at(id);
-  evictable_pages_ -= entry.pages_needed;
+  if (entry.wanted == wanted) return;
+  Unlist(id, entry);
+  entry.wanted = wanted;
+  List(id, entry);
+}
+
+EvictionKey AdapterResidency::KeyOf(const Entry& entry, uint64_t now) const {
+  const double seconds =
+      install_seconds_ + install_byte_seconds_ * static_cast<double>(entry.bytes);
+  return order_->KeyOf(seconds / std::max(entry.pages_needed, 1u), entry.uses, now);
+}
+
+std::optional<std::pair<EvictionKey, AdapterId>> AdapterResidency::NextToEvict() const {
+  if (evictable_.empty()) return std::nullopt;
+  return *evictable_.begin();
+}
+
+void AdapterResidency::Evict(AdapterId id) {
+  if (const auto next = NextToEvict(); next && next->second == id) order_->Evicted(next->first);
+  Uninstall(id);
+}
+
+void AdapterResidency::Uninstall(AdapterId id) {
+  Entry& entry = entries_.at(id);
+  LS_CHECK(entry.installed() && entry.pins == 0);
+  Unlist(id, entry);
+  --num_installed_;
   FreePages(entry);
-  return id;
 }
 
 void AdapterResidency::FreePages(Entry& entry) {
   LS_CHECK(arena_->Free(entry.pages).ok());
   entry.pages.clear();
-  entry.installed = false;
-  --num_installed_;
+  entry.state = State::kHost;
+}
+
+bool AdapterResidency::Idle(AdapterId id) const {
+  const Entry& entry = entries_.at(id);
+  return entry.requests == 0 && entry.state != State::kInstalling;
 }
 
 bool AdapterResidency::Remove(AdapterId id) {
-  Entry& entry = entries_.at(id);
-  LS_CHECK(entry.pins == 0 && entry.requests == 0);
-  const bool installed = entry.installed;
-  if (installed) {
-    unpinned_.erase({entry.last_use, id});
-    evictable_pages_ -= entry.pages_needed;
-    FreePages(entry);
-  }
+  LS_CHECK(Idle(id) && entries_.at(id).pins == 0);
+  const bool installed = entries_.at(id).installed();
+  if (installed) Uninstall(id);
   entries_.erase(id);
   return installed;
 }

@@ -95,6 +95,7 @@ Status LlamaModel::PrepareLayer(const LayerWeights& w, DType dtype) {
 }
 
 Status LlamaModel::AllocateActivations(int64_t max_rows, int64_t max_logit_rows) {
+  max_rows_ = max_rows;
   Loading loading;
   const auto allocate = [&](Activation& activation, int64_t rows, int64_t cols) {
     activation.cols = cols;
@@ -114,15 +115,14 @@ Status LlamaModel::AllocateActivations(int64_t max_rows, int64_t max_logit_rows)
   return loading.status;
 }
 
-void LlamaModel::Forward(Stream* stream, int64_t rows, std::span<const LoraSegment> segments) {
-  backend_->Embed(stream, *embedding_, hidden_.View(rows));
-  for (int layer = 0; layer < config_.num_layers; ++layer) {
-    RunLayer(stream, layer, rows, segments);
-  }
+void LlamaModel::Forward(Stream* stream, int64_t rows) {
+  backend_->RunStep(stream, rows, max_rows_, [this, stream](int64_t count) {
+    backend_->Embed(stream, *embedding_, hidden_.View(count));
+    for (int layer = 0; layer < config_.num_layers; ++layer) RunLayer(stream, layer, count);
+  });
 }
 
-void LlamaModel::RunLayer(Stream* stream, int index, int64_t rows,
-                          std::span<const LoraSegment> segments) {
+void LlamaModel::RunLayer(Stream* stream, int index, int64_t rows) {
   const Layer& layer = layers_[static_cast<size_t>(index)];
   const Tensor hidden = hidden_.View(rows);
   const Tensor normed = normed_.View(rows);
@@ -141,7 +141,8 @@ void LlamaModel::RunLayer(Stream* stream, int index, int64_t rows,
   const LoraTarget down_target[] = {{index, LinearModule::kDown, 0}};
 
   backend_->RmsNorm(stream, hidden, *layer.input_norm, hidden.cols, config_.rms_norm_eps, normed);
-  LoraLinear(*backend_, stream, normed, *layer.qkv, false, segments, qkv_targets, scratch_, qkv);
+  backend_->Gemm(stream, normed, *layer.qkv, false, qkv);
+  backend_->Lora(stream, normed, qkv_targets, qkv);
   if (layer.q_norm) {
     const Tensor queries = Columns(*backend_, qkv, 0, q);
     const Tensor keys = Columns(*backend_, qkv, q, kv);
@@ -152,14 +153,15 @@ void LlamaModel::RunLayer(Stream* stream, int index, int64_t rows,
   backend_->RopeAndStoreKv(stream, index, qkv);
   backend_->PagedAttention(stream, index, qkv, config_.windows[static_cast<size_t>(index)],
                            attention);
-  LoraLinear(*backend_, stream, attention, *layer.o, true, segments, o_target, scratch_, hidden);
+  backend_->Gemm(stream, attention, *layer.o, true, hidden);
+  backend_->Lora(stream, attention, o_target, hidden);
 
   backend_->RmsNorm(stream, hidden, *layer.post_norm, hidden.cols, config_.rms_norm_eps, normed);
-  LoraLinear(*backend_, stream, normed, *layer.gate_up, false, segments, gate_up_targets, scratch_,
-             gate_up);
+  backend_->Gemm(stream, normed, *layer.gate_up, false, gate_up);
+  backend_->Lora(stream, normed, gate_up_targets, gate_up);
   backend_->SiluMul(stream, gate_up, product);
-  LoraLinear(*backend_, stream, product, *layer.down, true, segments, down_target, scratch_,
-             hidden);
+  backend_->Gemm(stream, product, *layer.down, true, hidden);
+  backend_->Lora(stream, product, down_target, hidden);
 }
 
 Tensor LlamaModel::Logits(Stream* stream, std::span<const int32_t> rows) {

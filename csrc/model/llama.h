@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "model/lora_linear.h"
 #include "model/model_config.h"
 #include "model/weights.h"
 
@@ -23,7 +22,7 @@ class LlamaModel {
 
   // Runs all layers over the step given to Backend::BeginStep. The hidden states stay inside until
   // the next call. REQUIRES: rows <= max_rows.
-  void Forward(Stream* stream, int64_t rows, std::span<const LoraSegment> segments);
+  void Forward(Stream* stream, int64_t rows);
   // Logits [rows.size(), vocab] of those rows of the last Forward; valid until the next call.
   // REQUIRES: rows.size() <= max_logit_rows.
   Tensor Logits(Stream* stream, std::span<const int32_t> rows);
@@ -47,7 +46,7 @@ class LlamaModel {
   Status Prepare(const ModelWeights& weights, DType dtype);
   Status PrepareLayer(const LayerWeights& weights, DType dtype);
   Status AllocateActivations(int64_t max_rows, int64_t max_logit_rows);
-  void RunLayer(Stream* stream, int layer, int64_t rows, std::span<const LoraSegment> segments);
+  void RunLayer(Stream* stream, int layer, int64_t rows);
 
   Backend* backend_;
   ModelConfig config_;
@@ -58,7 +57,7 @@ class LlamaModel {
   int64_t weight_bytes_ = 0;
 
   Activation hidden_, normed_, qkv_, attention_, gate_up_, product_, gathered_, logits_;
-  LoraScratch scratch_;
+  int64_t max_rows_ = 0;
 };
 
 }  // namespace loraserve

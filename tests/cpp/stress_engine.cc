@@ -1,7 +1,7 @@
 // Drives an EngineThread from several threads at once: submits, aborts, deadlines, adapters loaded,
-// replaced and unloaded in flight, memory so short that sequences are preempted; and stops it while
-// it is busy. Checks that every request ends exactly once and that no page is lost. Run under ASAN,
-// UBSAN and TSAN.
+// replaced and unloaded in flight, also while they are being installed, memory so short that
+// sequences are preempted; and stops it while it is busy, also with installs. Checks that every
+// request ends exactly once and that no page is lost. Run under ASAN, UBSAN and TSAN.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -171,7 +171,10 @@ std::unique_ptr<Engine> Create(Matrices& matrices) {
 // it: no hang, and whoever comes too late is told so.
 void StopWhileBusy(Matrices& matrices) {
   EngineThread engine(Create(matrices));
-  LS_CHECK(engine.AddAdapter(1, Adapter(matrices, 8)).ok());
+  constexpr RequestId kBusyAdapters = 4;  // of which two fit: they are installed all the time
+  for (AdapterId id = 1; id <= kBusyAdapters; ++id) {
+    LS_CHECK(engine.AddAdapter(id, Adapter(matrices, 300)).ok());
+  }
   std::atomic<int> refused{0};
   std::vector<std::thread> callers;
   for (int thread = 0; thread < 2; ++thread) {
@@ -180,8 +183,8 @@ void StopWhileBusy(Matrices& matrices) {
         Request request;
         request.id = static_cast<RequestId>(thread) << 32 | i;
         request.prompt = {1, 2, 3};
-        request.params.max_tokens = 40;
-        request.adapter = 1;
+        request.params.max_tokens = i % 8 == 0 ? 40 : 2;
+        request.adapter = 1 + i % kBusyAdapters;
         const Status status = engine.Submit(std::move(request));
         LS_CHECK(status.ok() || status.code() == StatusCode::kUnavailable);
         refused += status.ok() ? 0 : 1;
@@ -214,7 +217,7 @@ int main(int argc, char** argv) {
   Ledger ledger;
   std::atomic<AdapterId> current[kAdapters];
   AdapterId next_adapter = 1;
-  const int ranks[kAdapters] = {1, 4, 8, 16, 33, 64};
+  const int ranks[kAdapters] = {1, 4, 8, 33, 64, 300};
   for (int i = 0; i < kAdapters; ++i) {
     LS_CHECK(engine.AddAdapter(next_adapter, Adapter(matrices, ranks[i])).ok());
     current[i] = next_adapter++;
@@ -262,6 +265,8 @@ int main(int argc, char** argv) {
   LS_CHECK(ledger.next_index.empty());
   LS_CHECK(stats.pages_adapter == 0);
   LS_CHECK(stats.running == 0 && stats.waiting == 0);
+  LS_CHECK(stats.adapters_installing == 0 && stats.adapters_installed == 0);
+  LS_CHECK(stats.adapter_installs > kAdapters);
   LS_CHECK(ledger.expired > 0 && ledger.cancelled > 0);
   LS_CHECK(stats.preemptions > 0 && stats.adapter_evictions > 0 && stats.prefix_hit_tokens > 0);
   std::printf("%llu requests, %llu tokens, %llu steps, %llu preemptions, %llu replacements\n",

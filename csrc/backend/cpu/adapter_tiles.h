@@ -1,9 +1,10 @@
 // Adapters in pages, as the CPU kernels read them.
 //
 // The matrices of all modules follow each other in the adapter's run of pages. A [in][rank] and
-// B [rank][out] are both panels of 16 columns, [K][16]; only A's rank is rounded up, to 8, so its
-// last panel may be 8 wide; B's columns are rounded up to 16. Pages hold whole k-rows, so waste is
-// that rounding and the rest of the last page.
+// B [rank][out] are both panels of 16 columns, [K][16], bfloat16 in pairs of k-rows, [K /
+// 2][16][2]; only A's rank is rounded up, to 8, so its last panel may be 8 wide; B's columns are
+// rounded up to
+// 16. Pages hold whole k-rows or pairs, so waste is that rounding and the rest of the last page.
 #pragma once
 
 #include <memory>
@@ -13,7 +14,6 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/kernels.h"
-#include "base/thread_pool.h"
 
 namespace loraserve {
 
@@ -28,9 +28,9 @@ struct CpuAdapterModule {
 class CpuAdapter final : public InstalledAdapter {
  public:
   // `dtype` kF32 or kBF16. `pages` holds at least Bytes(source, dtype) in all.
-  static std::unique_ptr<CpuAdapter> Install(const AdapterSource& source, DType dtype,
-                                             std::byte* arena, uint64_t page_bytes,
-                                             std::span<const PageId> pages, ThreadPool& pool);
+  static std::unique_ptr<AdapterInstall> StartInstall(const AdapterSource& source, DType dtype,
+                                                      std::byte* arena, uint64_t page_bytes,
+                                                      std::span<const PageId> pages);
   static uint64_t Bytes(const AdapterSource& source, DType dtype);
   uint64_t weight_bytes() const override { return weight_bytes_; }
 

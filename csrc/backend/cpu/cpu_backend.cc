@@ -16,12 +16,20 @@ constexpr int64_t kParallelCost = 1 << 15;
 
 float* Row(const Tensor& t, int64_t row) { return static_cast<float*>(t.data) + row * t.stride; }
 
+// At least `floats` floats, those of one share.
+float* Scratch(std::vector<std::vector<float>>& by_share, int share, int64_t floats) {
+  std::vector<float>& scratch = by_share[static_cast<size_t>(share)];
+  if (scratch.size() < static_cast<size_t>(floats)) scratch.resize(static_cast<size_t>(floats));
+  return scratch.data();
+}
+
 const CpuWeight& Cpu(const PreparedWeight& weight) { return static_cast<const CpuWeight&>(weight); }
 
 }  // namespace
 
 CpuBackend::CpuBackend(const CpuBackendOptions& options)
     : options_(options), kernels_(SelectKernels(options.isa.c_str())), pool_(options.threads) {
+  gemm_scratch_.resize(static_cast<size_t>(pool_.size()));
   attention_scratch_.resize(static_cast<size_t>(pool_.size()));
   sampler_scratch_.resize(static_cast<size_t>(pool_.size()));
 }
@@ -30,11 +38,13 @@ std::string CpuBackend::name() const { return std::string("cpu ") + kernels_.nam
 
 template <class Function>
 void CpuBackend::Split(int64_t units, int64_t cost, Function&& function) {
-  if (units <= 1 || units * cost < kParallelCost || pool_.size() == 1) return function(0, units);
-  pool_.Run([&](int worker) {
-    const int64_t begin = units * worker / pool_.size();
-    const int64_t end = units * (worker + 1) / pool_.size();
-    if (begin < end) function(begin, end);
+  if (units <= 1 || units * cost < kParallelCost || pool_.size() == 1) {
+    return function(0, units, 0);
+  }
+  pool_.Run([&](int share) {
+    const int64_t begin = units * share / pool_.size();
+    const int64_t end = units * (share + 1) / pool_.size();
+    if (begin < end) function(begin, end, share);
   });
 }
 
@@ -110,11 +120,11 @@ uint32_t CpuBackend::AdapterPages(const AdapterSource& source) const {
   return static_cast<uint32_t>((bytes + layout_.page_bytes - 1) / layout_.page_bytes);
 }
 
-Result<std::unique_ptr<InstalledAdapter>> CpuBackend::InstallAdapter(
-    Stream*, const AdapterSource& source, std::span<const PageId> pages) {
-  return std::unique_ptr<InstalledAdapter>(CpuAdapter::Install(
-      source, StoredDType(source), static_cast<std::byte*>(pages_->HostBuffer::data()),
-      layout_.page_bytes, pages, pool_));
+Result<std::unique_ptr<AdapterInstall>> CpuBackend::StartInstall(const AdapterSource& source,
+                                                                 std::span<const PageId> pages) {
+  return CpuAdapter::StartInstall(source, StoredDType(source),
+                                  static_cast<std::byte*>(pages_->HostBuffer::data()),
+                                  layout_.page_bytes, pages);
 }
 
 void CpuBackend::BeginStep(Stream*, const StepInputs& inputs) {
@@ -123,16 +133,17 @@ void CpuBackend::BeginStep(Stream*, const StepInputs& inputs) {
   const size_t rows = inputs.positions.size();
   cos_.resize(rows * half);
   sin_.resize(rows * half);
-  Split(static_cast<int64_t>(rows), static_cast<int64_t>(half) * 64, [&](int64_t b, int64_t e) {
-    for (size_t row = static_cast<size_t>(b); row < static_cast<size_t>(e); ++row) {
-      for (size_t i = 0; i < half; ++i) {
-        // In float32 as the reference model computes it, or far positions would differ.
-        const float angle = static_cast<float>(inputs.positions[row]) * inverse_frequencies_[i];
-        cos_[row * half + i] = std::cos(angle);
-        sin_[row * half + i] = std::sin(angle);
-      }
-    }
-  });
+  Split(
+      static_cast<int64_t>(rows), static_cast<int64_t>(half) * 64, [&](int64_t b, int64_t e, int) {
+        for (size_t row = static_cast<size_t>(b); row < static_cast<size_t>(e); ++row) {
+          for (size_t i = 0; i < half; ++i) {
+            // In float32 as the reference model computes it, or far positions would differ.
+            const float angle = static_cast<float>(inputs.positions[row]) * inverse_frequencies_[i];
+            cos_[row * half + i] = std::cos(angle);
+            sin_[row * half + i] = std::sin(angle);
+          }
+        }
+      });
 }
 
 void CpuBackend::Embed(Stream*, const PreparedWeight& embedding, Tensor y) {
@@ -145,7 +156,7 @@ void CpuBackend::Embed(Stream*, const PreparedWeight& embedding, Tensor y) {
 void CpuBackend::RmsNorm(Stream*, Tensor x, const Buffer& weight, int64_t group, float eps,
                          Tensor y) {
   const auto* const w = static_cast<const float*>(static_cast<const HostBuffer&>(weight).data());
-  Split(x.rows, x.cols, [&](int64_t begin, int64_t end) {
+  Split(x.rows, x.cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t column = 0; column < x.cols; column += group) {
         kernels_.rms_norm(Row(x, row) + column, w, group, eps, Row(y, row) + column);
@@ -166,8 +177,9 @@ void CpuBackend::Gemm(Stream*, Tensor x, const PreparedWeight& weight, bool accu
                 .accumulate = accumulate,
                 .y = Row(y, 0),
                 .y_stride = y.stride};
-  Split(w.num_panels(), 16 * args.k * x.rows, [&](int64_t begin, int64_t end) {
+  Split(w.num_panels(), 16 * args.k * x.rows, [&](int64_t begin, int64_t end, int share) {
     GemmArgs part = args;
+    part.scratch = Scratch(gemm_scratch_, share, GemmScratch(x.rows, args.k));
     part.panel_begin = begin;
     part.panel_end = end;
     kernels_.gemm(part);
@@ -214,7 +226,7 @@ void CpuBackend::RopeAndStoreKv(Stream*, int layer, Tensor qkv) {
       v += layout_.head_dim;
     }
   };
-  Split(qkv.rows, qkv.cols * 4, [&](int64_t begin, int64_t end) {
+  Split(qkv.rows, qkv.cols * 4, [&](int64_t begin, int64_t end, int) {
     for (const SequenceSpan& sequence : inputs_.sequences) {
       const int64_t last = std::min<int64_t>(end, sequence.row_begin + sequence.row_count);
       for (int64_t row = std::max<int64_t>(begin, sequence.row_begin); row < last; ++row) {
@@ -253,10 +265,8 @@ void CpuBackend::PagedAttention(Stream*, int layer, Tensor qkv, int window, Tens
       keys[static_cast<size_t>(block)] = BlockTile(sequence, block, layer, false, task.head);
       values[static_cast<size_t>(block)] = BlockTile(sequence, block, layer, true, task.head);
     }
-    std::vector<float>& scratch = attention_scratch_[static_cast<size_t>(worker)];
-    const auto wanted = static_cast<size_t>(AttentionScratch(last_position + 1, padded_head_dim_));
-    if (scratch.size() < wanted) scratch.resize(wanted);
-
+    float* const scratch =
+        Scratch(attention_scratch_, worker, AttentionScratch(last_position + 1, padded_head_dim_));
     const float* queries[kMaxQueries];
     float* outputs[kMaxQueries];
     int32_t first[kMaxQueries];
@@ -271,7 +281,7 @@ void CpuBackend::PagedAttention(Stream*, int layer, Tensor qkv, int window, Tens
                        .scale = 1.0f / std::sqrt(static_cast<float>(layout_.head_dim)),
                        .key_blocks = keys.data(),
                        .value_blocks = values.data(),
-                       .scratch = scratch.data()};
+                       .scratch = scratch};
     for (int32_t row = task.row_begin; row < task.row_end; ++row) {
       for (int g = 0; g < group; ++g) {
         const int64_t column = int64_t{task.head * group + g} * layout_.head_dim;
@@ -290,7 +300,7 @@ void CpuBackend::PagedAttention(Stream*, int layer, Tensor qkv, int window, Tens
 }
 
 void CpuBackend::SiluMul(Stream*, Tensor gate_up, Tensor y) {
-  Split(y.rows, y.cols * 4, [&](int64_t begin, int64_t end) {
+  Split(y.rows, y.cols * 4, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       kernels_.silu_mul(Row(gate_up, row), Row(gate_up, row) + y.cols, y.cols, Row(y, row));
     }

@@ -40,8 +40,8 @@ class CpuBackend final : public Backend {
   Status BindPages(const KvLayout& layout, uint32_t num_pages,
                    std::span<const float> inverse_frequencies) override;
   uint32_t AdapterPages(const AdapterSource& source) const override;
-  Result<std::unique_ptr<InstalledAdapter>> InstallAdapter(Stream*, const AdapterSource& source,
-                                                           std::span<const PageId> pages) override;
+  Result<std::unique_ptr<AdapterInstall>> StartInstall(const AdapterSource& source,
+                                                       std::span<const PageId> pages) override;
   void BeginStep(Stream*, const StepInputs& inputs) override;
   void Embed(Stream*, const PreparedWeight& embedding, Tensor y) override;
   void RmsNorm(Stream*, Tensor x, const Buffer& weight, int64_t group, float eps,
@@ -50,12 +50,7 @@ class CpuBackend final : public Backend {
   void RopeAndStoreKv(Stream*, int layer, Tensor qkv) override;
   void PagedAttention(Stream*, int layer, Tensor qkv, int window, Tensor y) override;
   void SiluMul(Stream*, Tensor gate_up, Tensor y) override;
-  int64_t LoraScratch(std::span<const LoraSegment> segments,
-                      std::span<const LoraTarget> targets) const override;
-  void LoraShrink(Stream*, Tensor x, std::span<const LoraSegment> segments,
-                  std::span<const LoraTarget> targets, void* h) override;
-  void LoraExpand(Stream*, const void* h, std::span<const LoraSegment> segments,
-                  std::span<const LoraTarget> targets, Tensor y) override;
+  void Lora(Stream*, Tensor x, std::span<const LoraTarget> targets, Tensor y) override;
   void GatherRows(Stream*, Tensor x, std::span<const int32_t> rows, Tensor y) override;
   void Sample(Stream*, Tensor logits, std::span<const SampleRow> rows,
               std::span<SampleResult> results) override;
@@ -64,8 +59,8 @@ class CpuBackend final : public Backend {
   DType StoredDType(const AdapterSource& source) const;
   // The keys or values of `layer` for one block and head.
   float* BlockTile(const SequenceSpan& sequence, int block, int layer, bool values, int head) const;
-  // Calls function(begin, end) for `units` of the given cost each, split evenly over the threads
-  // where the whole is worth it.
+  // Calls function(begin, end, share) for `units` of the given cost each, split evenly over the
+  // threads where the whole is worth it.
   template <class Function>
   void Split(int64_t units, int64_t cost, Function&& function);
 
@@ -78,9 +73,11 @@ class CpuBackend final : public Backend {
   std::vector<float> inverse_frequencies_;  // [head_dim / 2]
 
   StepInputs inputs_;
-  std::vector<float> cos_, sin_;                       // [rows][head_dim / 2] of this step
-  std::vector<std::vector<float>> attention_scratch_;  // by thread
-  std::vector<SamplerScratch> sampler_scratch_;        // by thread
+  std::vector<float> cos_, sin_;                  // [rows][head_dim / 2] of this step
+  std::vector<float> lora_h_;                     // the shrink results of one call
+  std::vector<std::vector<float>> gemm_scratch_;  // by share of the pool, as are those below
+  std::vector<std::vector<float>> attention_scratch_;
+  std::vector<SamplerScratch> sampler_scratch_;
 };
 
 }  // namespace loraserve

@@ -4,6 +4,7 @@
 // absolute positions only, never on how many rows, which chunk or which thread.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -12,8 +13,12 @@ namespace loraserve {
 
 inline constexpr int kPanelWidth = 16;
 
+// A panel's k-rows as they are kept: bfloat16 in pairs, the last one with zeros where k is odd.
+inline int64_t KeptRows(int64_t k, bool bfloat16) { return bfloat16 ? (k + 1) / 2 * 2 : k; }
+
 // Columns [16 * panel_begin, 16 * panel_end) of y = x W^T. W is prepacked in panels
-// [ceil(N / 16)][K][16] of float or bfloat16. y is written up to whole panels.
+// [ceil(N / 16)][K][16] of float, or [ceil(N / 16)][ceil(K / 2)][16][2] of bfloat16: pairs of
+// k-rows, zero where K is odd. y is written up to whole panels.
 struct GemmArgs {
   const float* x = nullptr;
   int64_t x_stride = 0;
@@ -27,10 +32,18 @@ struct GemmArgs {
   bool accumulate = false;
   float* y = nullptr;
   int64_t y_stride = 0;
+  float* scratch = nullptr;  // GemmScratch(rows, k) floats
 };
+// Rows of x that are packed at a time, so that they stay in the second-level cache while the panels
+// stream past.
+inline int64_t GemmBlockRows(int64_t k) {
+  return std::max<int64_t>(48, (512 << 10) / (4 * k) / 24 * 24);
+}
+inline int64_t GemmScratch(int64_t rows, int64_t k) { return std::min(rows, GemmBlockRows(k)) * k; }
 
 // A matrix that lies in pages: panels of 16 columns (the last may be 8 wide) one after another,
-// each [k][width]. A tile is the run of k-rows of a panel within one page; pages hold whole k-rows.
+// each [k][width] of float or [ceil(k / 2)][width][2] of bfloat16. A tile is the run of k-rows of a
+// panel within one page; pages hold whole k-rows, or whole pairs of them.
 struct PagedMatrix {
   const std::byte* base = nullptr;  // of the arena
   const uint32_t* pages = nullptr;  // one more readable past the last, for prefetching

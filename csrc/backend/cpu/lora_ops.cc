@@ -20,7 +20,7 @@ struct Piece {
 
 int64_t PaddedRank(const CpuAdapterModule& module) { return module.a.columns; }
 
-// The pieces in a fixed order; h offsets are those of LoraScratch.
+// The pieces in a fixed order, each with its place in h.
 template <class Function>
 void ForEachPair(std::span<const LoraSegment> segments, std::span<const LoraTarget> targets,
                  Function&& function) {
@@ -69,26 +69,26 @@ constexpr int64_t kParallelCost = 1 << 15;
 
 }  // namespace
 
-int64_t CpuBackend::LoraScratch(std::span<const LoraSegment> segments,
-                                std::span<const LoraTarget> targets) const {
+void CpuBackend::Lora(Stream*, Tensor x, std::span<const LoraTarget> targets, Tensor y) {
+  std::vector<Piece> shrink;
+  std::vector<Piece> expand;
   int64_t floats = 0;
-  ForEachPair(segments, targets,
-              [&](const LoraSegment& segment, const LoraTarget&, const CpuAdapterModule& module,
-                  int64_t) { floats += segment.row_count * PaddedRank(module); });
-  return floats;
-}
-
-void CpuBackend::LoraShrink(Stream*, Tensor x, std::span<const LoraSegment> segments,
-                            std::span<const LoraTarget> targets, void* h) {
-  std::vector<Piece> pieces;
-  ForEachPair(segments, targets,
-              [&](const LoraSegment& segment, const LoraTarget&, const CpuAdapterModule& module,
-                  int64_t h_offset) {
-                pieces.push_back({&module, segment.row_begin, segment.row_count, 0, h_offset,
-                                  (PaddedRank(module) + kPanelWidth - 1) / kPanelWidth,
+  ForEachPair(inputs_.segments, targets,
+              [&](const LoraSegment& segment, const LoraTarget& target,
+                  const CpuAdapterModule& module, int64_t h_offset) {
+                const int64_t rank = PaddedRank(module);
+                shrink.push_back({&module, segment.row_begin, segment.row_count, 0, h_offset,
+                                  (rank + kPanelWidth - 1) / kPanelWidth,
                                   RowCost(segment.row_count) * module.a.k * kPanelWidth});
+                expand.push_back({&module, segment.row_begin, segment.row_count, target.column,
+                                  h_offset, module.b.columns / kPanelWidth,
+                                  RowCost(segment.row_count) * module.rank * kPanelWidth});
+                floats = h_offset + segment.row_count * rank;
               });
-  Divide(pool_, pieces, kParallelCost, [&](const Piece& piece, int64_t begin, int64_t end) {
+  if (shrink.empty()) return;
+  if (lora_h_.size() < static_cast<size_t>(floats)) lora_h_.resize(static_cast<size_t>(floats));
+  float* const h = lora_h_.data();
+  Divide(pool_, shrink, kParallelCost, [&](const Piece& piece, int64_t begin, int64_t end) {
     const int64_t rank = PaddedRank(*piece.module);
     kernels_.paged_gemm({.x = static_cast<const float*>(x.data) + piece.row_begin * x.stride,
                          .x_stride = x.stride,
@@ -98,25 +98,13 @@ void CpuBackend::LoraShrink(Stream*, Tensor x, std::span<const LoraSegment> segm
                          .panel_end = end,
                          .scale = piece.module->scaling,
                          .accumulate = false,
-                         .y = static_cast<float*>(h) + piece.h_offset,
+                         .y = h + piece.h_offset,
                          .y_stride = rank,
                          .columns = rank});
   });
-}
-
-void CpuBackend::LoraExpand(Stream*, const void* h, std::span<const LoraSegment> segments,
-                            std::span<const LoraTarget> targets, Tensor y) {
-  std::vector<Piece> pieces;
-  ForEachPair(segments, targets,
-              [&](const LoraSegment& segment, const LoraTarget& target,
-                  const CpuAdapterModule& module, int64_t h_offset) {
-                pieces.push_back({&module, segment.row_begin, segment.row_count, target.column,
-                                  h_offset, module.b.columns / kPanelWidth,
-                                  RowCost(segment.row_count) * module.rank * kPanelWidth});
-              });
-  Divide(pool_, pieces, kParallelCost, [&](const Piece& piece, int64_t begin, int64_t end) {
+  Divide(pool_, expand, kParallelCost, [&](const Piece& piece, int64_t begin, int64_t end) {
     kernels_.paged_gemm(
-        {.x = static_cast<const float*>(h) + piece.h_offset,
+        {.x = h + piece.h_offset,
          .x_stride = PaddedRank(*piece.module),
          .rows = piece.row_count,
          .matrix = piece.module->b,

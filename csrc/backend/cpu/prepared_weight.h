@@ -1,4 +1,5 @@
-// Weights of the CPU backend: panels [ceil(N / 16)][K][16], bfloat16 or float32.
+// Weights of the CPU backend: panels [ceil(N / 16)][K][16] of float32, or of bfloat16 in pairs of
+// k-rows, [ceil(N / 16)][ceil(K / 2)][16][2].
 #pragma once
 
 #include <cstdlib>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/cpu/kernels.h"
 
 namespace loraserve {
 
@@ -31,7 +33,9 @@ class CpuWeight final : public PreparedWeight {
 
   int64_t out_features() const override { return out_features_; }
   int64_t in_features() const override { return in_features_; }
-  int64_t bytes() const override { return num_panels() * 16 * in_features_ * BytesOf(dtype_); }
+  int64_t bytes() const override {
+    return num_panels() * kPanelWidth * KeptRows(in_features_, bfloat16()) * BytesOf(dtype_);
+  }
   int64_t num_panels() const { return (out_features_ + 15) / 16; }
   bool bfloat16() const { return dtype_ == DType::kBF16; }
   const void* panels() const { return panels_->data(); }

@@ -13,6 +13,17 @@
 #define LS_NATIVE_LANES 4
 #endif
 
+// Keeps a vector in a register at this point: the compiler may not have it in memory instead.
+#if defined(__AVX512F__)
+#define LS_PIN(vector) asm volatile("" : "+v"(vector))
+#elif defined(__x86_64__)
+#define LS_PIN(vector) asm volatile("" : "+x"(vector))
+#elif defined(__aarch64__)
+#define LS_PIN(vector) asm volatile("" : "+w"(vector))
+#else
+#define LS_PIN(vector)
+#endif
+
 #define LS_INLINE [[gnu::always_inline]] inline
 
 namespace loraserve::LS_ISA {
@@ -24,12 +35,12 @@ struct VectorOf {
   typedef float F __attribute__((vector_size(L * 4)));
   typedef uint32_t U __attribute__((vector_size(L * 4)));
   typedef int32_t I __attribute__((vector_size(L * 4)));
-  typedef uint16_t H __attribute__((vector_size(L * 2)));
 };
 
 template <int L>
 LS_INLINE typename VectorOf<L>::F Splat(float value) {
-  return typename VectorOf<L>::F{} + value;
+  // x - 0 is x for every x, so this becomes one broadcast; 0 + x is not (-0.0) and would add.
+  return value - typename VectorOf<L>::F{};
 }
 
 template <int L>
@@ -39,15 +50,20 @@ LS_INLINE typename VectorOf<L>::F Load(const float* p) {
   return v;
 }
 
-// bfloat16 bits become the upper half of a float32: exact.
+// Columns of k-row `row` (0 or 1) of a pair: bfloat16 lies as [columns][2], and its bits are the
+// upper half of a float32, so one shift or one mask makes them exact floats. `row` is a constant.
 template <int L>
-LS_INLINE typename VectorOf<L>::F Load(const uint16_t* p) {
-  typename VectorOf<L>::H h;
-  std::memcpy(&h, p, sizeof(h));
-  typename VectorOf<L>::U u = __builtin_convertvector(h, typename VectorOf<L>::U) << 16;
+LS_INLINE typename VectorOf<L>::F LoadRow(const uint16_t* p, int row) {
+  typename VectorOf<L>::U u;
+  std::memcpy(&u, p, sizeof(u));
+  u = row == 0 ? u << 16 : u & 0xffff0000u;
   typename VectorOf<L>::F v;
   std::memcpy(&v, &u, sizeof(v));
   return v;
+}
+template <int L>
+LS_INLINE typename VectorOf<L>::F LoadRow(const float* p, int) {
+  return Load<L>(p);
 }
 
 template <class V>
