@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['Engine', 'EngineConfig', 'EngineStats', 'HostMatrix', 'LayerWeights', 'ModelConfig', 'ModelWeights', 'Output', 'Request', 'SamplingParams', 'StatusError', 'StepRecord', 'StepReport']
+import typing_extensions
+__all__: list[str] = ['DeviceStaging', 'Engine', 'EngineConfig', 'EngineStats', 'HostMatrix', 'LayerWeights', 'ModelConfig', 'ModelWeights', 'Output', 'Request', 'SamplingParams', 'StatusError', 'StepRecord', 'StepReport']
 class StatusError(Exception):
     pass
 class EngineConfig:
     device: str
     isa: str
+    prefetch: bool
     prefix_cache: bool
     record_steps: bool
     def __init__(self) -> None:
@@ -305,6 +307,9 @@ class Output:
     def prompt_logprobs(self) -> list[float]:
         ...
     @property
+    def prompt_top_logprobs(self) -> list[list[tuple[int, float]]]:
+        ...
+    @property
     def queue_seconds(self) -> float:
         ...
     @property
@@ -345,6 +350,8 @@ class StepRecord:
     def token_ranks(self) -> int:
         ...
 class StepReport:
+    def take_plain(self) -> tuple[list[int], list[int], list[int]]:
+        ...
     @property
     def installs(self) -> list[tuple[int, bool]]:
         ...
@@ -359,16 +366,34 @@ class StepReport:
         ...
 class EngineStats:
     @property
+    def adapter_direct_bytes(self) -> int:
+        ...
+    @property
     def adapter_evictions(self) -> int:
         ...
     @property
+    def adapter_install_seconds(self) -> float:
+        ...
+    @property
     def adapter_installs(self) -> int:
+        ...
+    @property
+    def adapter_staged_bytes(self) -> int:
+        ...
+    @property
+    def adapter_wait_seconds(self) -> float:
+        ...
+    @property
+    def adapter_waits(self) -> int:
         ...
     @property
     def adapter_weight_bytes(self) -> int:
         ...
     @property
     def adapters_installed(self) -> int:
+        ...
+    @property
+    def adapters_installing(self) -> int:
         ...
     @property
     def generated_tokens(self) -> int:
@@ -409,6 +434,19 @@ class EngineStats:
     @property
     def weight_bytes(self) -> int:
         ...
+class DeviceStaging:
+    def __init__(self, device: str, bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def copy_from_host(self, offset: typing.SupportsInt | typing.SupportsIndex, host: typing_extensions.Buffer) -> None:
+        ...
+    def copy_to_host(self, offset: typing.SupportsInt | typing.SupportsIndex, into: typing_extensions.Buffer) -> None:
+        ...
+    @property
+    def address(self) -> int:
+        ...
+    @property
+    def bytes(self) -> int:
+        ...
 class Engine:
     def __init__(self, config: EngineConfig, model: ModelConfig, weights: ModelWeights) -> None:
         ...
@@ -417,6 +455,10 @@ class Engine:
     def add_adapter(self, id: typing.SupportsInt | typing.SupportsIndex, modules: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, str, typing.SupportsInt | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex, numpy.ndarray, numpy.ndarray]]) -> None:
         ...
     def backend_name(self) -> str:
+        ...
+    def prefetch(self, id: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def register_host_memory(self, memory: typing_extensions.Buffer) -> bool:
         ...
     def remove_adapter(self, id: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...

@@ -1,12 +1,12 @@
-"""`loraserve`: the command for people. The daemons have commands of their own, loraserve-node and
-loraserve-controller."""
+"""`loraserve`: the command for people. The daemons have commands of their own: loraserve-node,
+loraserve-controller and loraserve-gateway."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 
-from loraserve.commands import adapter, bench, demo, generate, key, node, simulate
+from loraserve.commands import adapter, bench, demo, generate, key, node, serve, simulate
 from loraserve.errors import LoraServeError
 
 FAILED = 1
@@ -19,12 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Multi-LoRA inference: commands for a cluster and its adapters.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, generate, adapter, node, key, bench, simulate):
+    for command in (serve, demo, generate, adapter, node, key, bench, simulate):
         command.add_parser(commands)
-    arguments = parser.parse_args(argv)
     # Errors come as one line; the library's own log would say them twice.
     logging.getLogger("loraserve").addHandler(logging.NullHandler())
     try:
+        arguments = parser.parse_args(argv)
         code: int = arguments.run(arguments)
     except LoraServeError as error:
         print(f"loraserve: {error}", file=sys.stderr)

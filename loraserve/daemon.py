@@ -8,18 +8,45 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from loraserve.errors import InvalidArgumentError, LoraServeError, UnavailableError
+from loraserve.logs import set_up_logs
+from loraserve.option_sources import HelpFormatter, OptionSources
 
 CANNOT_START = 2
 _PR_SET_PDEATHSIG = 1
 
 
 class DaemonParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other refusal to start does."""
+    """Says what is wrong in one line, as every other refusal to start does. Options come from the
+    environment and a file as well; see loraserve.option_sources."""
+
+    def __init__(
+        self,
+        *,
+        section: str,
+        shared: Mapping[str, str],
+        rivals: frozenset[str] = frozenset(),
+        **settings: Any,
+    ) -> None:
+        """See OptionSources."""
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+            **settings,
+        )
+        self._sources = OptionSources(self, section, shared, rivals)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        argv = sys.argv[1:] if args is None else list(args)
+        try:
+            words = self._sources.words(argv)
+        except InvalidArgumentError as error:
+            self.error(str(error))
+        return super().parse_known_args([*words, *argv], namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(CANNOT_START, f"{self.prog}: {message} (--help lists the options)\n")
@@ -121,22 +148,25 @@ def run_daemon(
     arguments: argparse.Namespace,
     log: logging.Logger,
     make_server: Callable[[], DaemonServer],
+    run_loop: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run,
 ) -> int:
-    """Serves until SIGTERM or SIGINT. Exit code: 0 after a signal, CANNOT_START where one line on
-    stderr says why."""
-    logging.basicConfig(
-        level=arguments.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    """Serves until SIGTERM or SIGINT, on the event loop of `run_loop`. Exit code: 0 after a signal,
+    CANNOT_START where one line on stderr says why."""
+    set_up_logs(prog, arguments.log_level, arguments.log_format)
+
+    # Texts are tokenized one at a time; threads that share in one would only be in the way.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     async def run() -> None:
         await _serve(make_server(), arguments, log)
 
     try:
         end_with_parent(arguments.end_with)
-        asyncio.run(run())
+        run_loop(run())
     except (LoraServeError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        if arguments.log_format == "json":
+            log.error("%s", error)
+        else:
+            print(f"{prog}: {error}", file=sys.stderr)
         return CANNOT_START
     return 0

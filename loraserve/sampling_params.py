@@ -40,4 +40,4 @@ class SamplingParams:
     """n: natural-log probabilities of the chosen token and of the n likeliest (0: chosen only),
     under the model's own distribution, before temperature and filters."""
     prompt_logprobs: bool = False
-    """Also of each prompt token given those before it."""
+    """Also of each prompt token given those before it, and of the `logprobs` likeliest there."""

@@ -10,7 +10,7 @@ from grpc_health.v1 import (
     health,
     health_pb2,
 )
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
 
 from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.wire import is_loopback, split_address
@@ -52,6 +52,8 @@ class MetricsServer:
 
 def serve_metrics(address: str, registry: CollectorRegistry) -> MetricsServer:
     """Serves /metrics by HTTP on loopback. Raises InvalidArgumentError, UnavailableError."""
+    # They are a second series for each counter, that nobody reads.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     host, port = split_address(address, "metrics-listen")
     if not is_loopback(address):
         raise InvalidArgumentError(

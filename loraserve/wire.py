@@ -27,11 +27,17 @@ Options = list[tuple[str, int]]
 
 # Of one connection; a client's further calls wait in the client. Well over what a node takes.
 MAX_STREAMS = 1024
+# Of all connections, calls that the server's loop has not taken yet.
+MAX_PENDING_CALLS = 1 << 20
 
 SERVER_OPTIONS: Options = [
     ("grpc.max_concurrent_streams", MAX_STREAMS),
     # Would refuse calls of a client that keeps to the bound but is a round trip behind.
     ("grpc.http.overload_protection", 0),
+    # Would cancel calls by chance once a thousand wait for a loop that is busy, as when all nodes
+    # and clients come back to a controller. What bounds them is the streams of each connection.
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A stream that waits for its first token is silent: its pings are not abuse.

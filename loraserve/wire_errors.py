@@ -147,6 +147,9 @@ def to_detail(error: LoraServeError) -> common_pb2.ErrorDetail:
     )
     if isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None:
         detail.retry_after_ms = round(error.retry_after_s * 1000)
+    if isinstance(error, StaleRouteError):
+        detail.holder_node_ids.extend(error.holders)
+        detail.routes.epoch, detail.routes.version = error.version
     return detail
 
 
@@ -155,6 +158,9 @@ def from_detail(detail: common_pb2.ErrorDetail) -> LoraServeError:
     known = detail.code in code_pb2.Code.values()
     code = code_pb2.Code.Name(cast(Any, detail.code)) if known else "UNKNOWN"
     retry_after_s = detail.retry_after_ms / 1000 if detail.HasField("retry_after_ms") else None
+    if detail.reason == StaleRouteError.reason:
+        version = detail.routes.epoch, detail.routes.version
+        return StaleRouteError(detail.field, detail.message, tuple(detail.holder_node_ids), version)
     return _rebuild(code, detail.reason, detail.field, detail.message, retry_after_s)
 
 

@@ -54,10 +54,12 @@ class DurableStore:
         return path if self._local and path.is_file() else None
 
     def put(self, revision: str, source: Path) -> None:
-        """Stores the file `source` as the blob of `revision`; nothing happens where it is there."""
+        """Stores the file `source` as the blob of `revision`; nothing happens where it is there.
+        One of another size is not it, whatever made it so, and is replaced."""
         target = self.path_of(revision)
-        if self._filesystem.exists(target):
-            return
+        with contextlib.suppress(FileNotFoundError):
+            if self._filesystem.size(target) == source.stat().st_size:
+                return
         if not self._local:
             # One upload is atomic in object stores.
             self._filesystem.put_file(str(source), target)
@@ -107,6 +109,15 @@ class DurableStore:
             file.seek(offset)
             while block := file.read(READ_BYTES):
                 yield block
+
+    def read_range(self, revision: str, offset: int, length: int) -> bytes:
+        """In one request; fewer bytes where the blob ends before. Raises NotFoundError."""
+        try:
+            return bytes(
+                self._filesystem.cat_file(self.path_of(revision), start=offset, end=offset + length)
+            )
+        except FileNotFoundError:
+            raise NotFoundError("revision", f"{revision} is not in the store") from None
 
     def remove(self, revision: str) -> None:
         """Nothing happens where it is not there. Readers that have it open read on (locally)."""

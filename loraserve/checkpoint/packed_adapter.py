@@ -95,7 +95,7 @@ class PackedAdapter:
 
     @property
     def max_rank(self) -> int:
-        return max(module.rank for module in self.modules)
+        return self.header.max_rank
 
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks, ascending."""
@@ -238,14 +238,22 @@ def parse_packed(
         )
     if verify != "none":
         _verify(header, blob, verify)
+    adapter = view_packed(header, blob)
+    if verify != "none":
+        for m in adapter.modules:
+            check_finite(f"{m.module} of layer {m.layer}", m.a, m.dtype)
+            check_finite(f"{m.module} of layer {m.layer}", m.b_transposed, m.dtype)
+    return adapter
+
+
+def view_packed(header: PackedHeader, blob: memoryview) -> PackedAdapter:
+    """Views of a whole packed adapter in memory, which was checked and does not change any more.
+    `blob`: read-only, `header.size_bytes` bytes, header first."""
     modules = []
     for e in header.entries:
         at = header.header_bytes
         a = _view(blob, at + e.a_offset, e.dtype, (e.rank, e.in_features))
         b = _view(blob, at + e.b_offset, e.dtype, (e.rank, e.out_features))
-        if verify != "none":
-            check_finite(f"{e.module} of layer {e.layer}", a, e.dtype)
-            check_finite(f"{e.module} of layer {e.layer}", b, e.dtype)
         modules.append(
             PackedModule(
                 *(e.layer, e.module, e.in_features, e.out_features, e.rank, e.scaling, e.dtype),

@@ -160,6 +160,10 @@ class PackedHeader:
         return self.header_bytes + self.data_bytes
 
     @property
+    def max_rank(self) -> int:
+        return max(entry.rank for entry in self.entries)
+
+    @property
     def chunk_count(self) -> int:
         return chunk_count_for(self.data_bytes)
 
@@ -275,6 +279,14 @@ def header_bytes_of(start: Bytes) -> int:
             "header_bytes", f"{size} is not within {_PREFIX.size} and {MAX_HEADER_BYTES}"
         )
     return int(size)
+
+
+def missing_header_bytes(start: Bytes) -> int:
+    """How many bytes are known to be wanting after `start` before a header is whole; 0 where it
+    is. Raises as `header_bytes_of`."""
+    if len(start) < HEADER_SIZE_BYTES:
+        return HEADER_SIZE_BYTES - len(start)
+    return max(0, header_bytes_of(start) - len(start))
 
 
 def _parse_entries(raw: bytes, at: int, count: int) -> Iterable[ModuleEntry]:

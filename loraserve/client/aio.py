@@ -1,20 +1,23 @@
 """The client SDK for asyncio."""
 
 import asyncio
+import contextlib
 import random
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from types import TracebackType
 
 from loraserve.client.adapter_calls import AdapterCalls
 from loraserve.client.channels import Channels
+from loraserve.client.local_text import LocalText
 from loraserve.client.request_run import RequestRun, Site
 from loraserve.client.resume import AnswerLog
 from loraserve.client.retry import RetryBudget, RetryPolicy
 from loraserve.client.route_table import RouteTable, static_table
 from loraserve.client.route_watch import RouteWatch
 from loraserve.client.routing import Router, RouteRequest
+from loraserve.client.step_mux import StepMux
 from loraserve.client.types import Chunk, Completion, Prompt
 from loraserve.errors import (
     DeadlineExceededError,
@@ -23,20 +26,33 @@ from loraserve.errors import (
 )
 from loraserve.sampling_params import SamplingParams
 from loraserve.security.tls import TlsFiles
+from loraserve.text.tokenizer import Tokenizer
+from loraserve.tracing import Span
 
 # Streams on a node that left the table may go on for so long; it may only be out of the
 # controller's sight.
 _RETIRED_CHANNEL_S = 600.0
+# Longer prompts are tokenized in a thread, so that what else the loop does goes on.
+_INLINE_CHARACTERS = 4096
 
 
 class AnswerStream:
     """An answer as it comes: an async iterator of chunks. Leaving it early (`aclose`, or the end of
     `async with`) cancels the request."""
 
-    def __init__(self, run: RequestRun, log: AnswerLog) -> None:
+    def __init__(
+        self, run: RequestRun, log: AnswerLog, prepare: Callable[[], None] | None = None
+    ) -> None:
+        """`prepare`: runs in a thread before anything is sent."""
         self._run = run
         self._log = log
-        self._chunks = run.chunks()
+        self._chunks = run.chunks() if prepare is None else self._prepared(prepare)
+
+    async def _prepared(self, prepare: Callable[[], None]) -> AsyncGenerator[Chunk, None]:
+        await asyncio.to_thread(prepare)
+        async with contextlib.aclosing(self._run.chunks()) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def __aiter__(self) -> "AnswerStream":
         return self
@@ -57,6 +73,11 @@ class AnswerStream:
         trace: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """As the node counted them; estimated for text before the first chunk."""
+        return self._log.prompt_tokens
 
     def completion(self) -> Completion:
         """The whole answer, once the stream has ended. Raises FailedPreconditionError before."""
@@ -82,9 +103,15 @@ class AsyncClient:
         api_key: str | None = None,
         tls: TlsFiles | None = None,
         retry: RetryPolicy | None = None,
+        multiplex: bool = False,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """`controller`: host:port. Without one, `nodes` are the host:port of nodes that serve
-        alone. Connects when first used. Raises InvalidArgumentError."""
+        alone. `multiplex`: all requests on one stream to each node, which costs both sides less
+        where many run; a request alone gets its tokens as soon either way. `tokenizer`: that of the
+        base model of all requests; with it the client tokenizes prompts and makes texts itself,
+        which nodes then need not, but where a request has stop strings. Connects when first used.
+        Raises InvalidArgumentError."""
         if (controller is None) == (not nodes):
             raise InvalidArgumentError(
                 "controller", "exactly one of controller and nodes is needed"
@@ -96,7 +123,9 @@ class AsyncClient:
             time.monotonic, random.random, None if controller else static_table(tuple(nodes))
         )
         watch = RouteWatch(self._channels, controller, self._on_table) if controller else None
-        self._site = Site(self._channels, router, watch, policy, RetryBudget(policy))
+        mux = StepMux(self._channels) if multiplex else None
+        self._site = Site(self._channels, router, watch, policy, RetryBudget(policy), mux)
+        self._tokenizer = tokenizer
         self._watching = False
         self._retired: set[asyncio.Task[None]] = set()
         self.adapters = AdapterCalls(self._channels, controller)
@@ -115,14 +144,24 @@ class AsyncClient:
         priority: int = 0,
         timeout_s: float | None = None,
         request_id: str | None = None,
+        span: Span | None = None,
     ) -> AnswerStream:
         """The answer in chunks, each token exactly once.
 
         `adapter`: None for the base model. `revision`: of the adapter, by default what its name
-        points to. `timeout_s`: for the whole request, retries included.
+        points to. `timeout_s`: for the whole request, retries included. `span`: what attempts are
+        traced under.
         """
         self._watch()
         params = params or SamplingParams()
+        text: LocalText | None = None
+        later = False
+        tokenizer = None if params.stop else self._tokenizer
+        if tokenizer is not None:
+            later = isinstance(prompt, str) and len(prompt) > _INLINE_CHARACTERS
+            if isinstance(prompt, str) and not later:
+                prompt = tokenizer.encode(prompt)
+            text = None if isinstance(prompt, str) else LocalText(tokenizer, prompt)
         log = AnswerLog(
             request_id if request_id is not None else uuid.uuid4().hex,
             prompt,
@@ -131,9 +170,19 @@ class AsyncClient:
             base=base,
             revision=revision,
             priority=priority,
+            text=text,
         )
-        run = RequestRun(self._site, log, RouteRequest(base, adapter, revision), timeout_s)
-        return AnswerStream(run, log)
+        run = RequestRun(self._site, log, RouteRequest(base, adapter, revision), timeout_s, span)
+        if not later:
+            return AnswerStream(run, log)
+
+        def prepare() -> None:
+            assert isinstance(prompt, str)
+            assert tokenizer is not None
+            ids = tokenizer.encode(prompt)
+            log.set_token_ids(ids, LocalText(tokenizer, ids))
+
+        return AnswerStream(run, log, prepare)
 
     async def generate(
         self,
@@ -170,6 +219,11 @@ class AsyncClient:
         return self._site.router.table
 
     @property
+    def pages(self) -> tuple[int, int]:
+        """Pages of the nodes' engines, (in use, all), as their last answers to this client told."""
+        return self._site.router.pages()
+
+    @property
     def routes_age_s(self) -> float | None:
         """Seconds since the controller confirmed the table; None before the first and where there
         is no controller."""
@@ -196,6 +250,25 @@ class AsyncClient:
                 raise DeadlineExceededError("timeout_s", f"{timeout_s:g} s have passed: {missing}")
             await watch.changed(left)
 
+    async def wait_table(self, timeout_s: float = 3.0) -> None:
+        """Returns when there is a route table, at once where there is one. Raises
+        UnavailableError, and what the controller refuses to give one with."""
+        if self._site.watch is not None:
+            self._watch()
+            await self._site.watch.first_table(timeout_s)
+
+    async def wait_routes(self, met: Callable[[RouteTable], bool], timeout_s: float) -> bool:
+        """Waits until the table meets the condition; False where it does not in time."""
+        watch = self._site.watch
+        end = asyncio.get_running_loop().time() + timeout_s
+        while not met(self.routes):
+            left = end - asyncio.get_running_loop().time()
+            if watch is None or left <= 0:
+                return False
+            self._watch()
+            await watch.changed(left)
+        return True
+
     def _missing(self, names: Sequence[str], base: str) -> str | None:
         router = self._site.router
         if not router.table.nodes:
@@ -218,6 +291,8 @@ class AsyncClient:
     def _on_table(self, table: RouteTable) -> None:
         self._site.router.set_table(table)
         used = {node.address for node in table.nodes.values()} | {self._controller}
+        if self._site.mux is not None:
+            self._site.mux.keep({node.address for node in table.nodes.values()})
         for channel in self._channels.drop(self._channels.addresses - used):
             closing = asyncio.ensure_future(channel.close(_RETIRED_CHANNEL_S))
             self._retired.add(closing)

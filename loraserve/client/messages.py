@@ -7,7 +7,7 @@ from loraserve.client.route_table import RouteUpdate
 from loraserve.client.routes import AdapterRoute, Holder, NodeRoute, RankCosts, RevisionRoute
 from loraserve.client.routing import ObservedLoad
 from loraserve.client.types import AdapterInfo, Prompt
-from loraserve.errors import InvalidArgumentError, UnsupportedError
+from loraserve.errors import InvalidArgumentError
 from loraserve.placement.types import AdapterId
 from loraserve.sampling_params import SamplingParams
 from loraserve.v1 import adapter_pb2, common_pb2, controller_pb2, inference_pb2
@@ -32,8 +32,6 @@ _BYTES_PER_TOKEN = 4
 
 def sampling_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:
     """Raises InvalidArgumentError where the wire cannot carry a value; ranges are the node's."""
-    if params.prompt_logprobs:
-        raise UnsupportedError("prompt_logprobs", "nodes do not give them over the network yet")
     message = common_pb2.SamplingParams()
     name = ""
     try:
@@ -51,6 +49,8 @@ def sampling_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:
         message.stop_token_ids.extend(params.stop_token_ids)
         name = "ignore_eos"
         message.ignore_eos = params.ignore_eos
+        name = "prompt_logprobs"
+        message.prompt_logprobs = params.prompt_logprobs
         if params.logprobs is not None:
             name = "logprobs"
             message.logprobs = params.logprobs

@@ -3,16 +3,21 @@ fails, again or on from there."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+import grpc.aio
 
 from loraserve.client.channels import Channels, responses
 from loraserve.client.messages import load_from_wire
-from loraserve.client.resume import AnswerLog, lost
+from loraserve.client.resume import AnswerLog, Response, lost
 from loraserve.client.retry import RetryBudget, RetryPolicy, RetryState, node_is_lost
 from loraserve.client.route_table import NodeRoute
 from loraserve.client.route_watch import RouteWatch
 from loraserve.client.routing import Router, RouteRequest
+from loraserve.client.step_mux import StepMux
+from loraserve.client.traced import in_span
 from loraserve.client.types import Chunk
 from loraserve.errors import (
     DeadlineExceededError,
@@ -23,7 +28,8 @@ from loraserve.errors import (
     StaleRouteError,
     UnavailableError,
 )
-from loraserve.v1 import inference_pb2_grpc
+from loraserve.tracing import Span
+from loraserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 # How long a request waits for a holder while its adapter is on its way to one, before it asks
 # another node to load it.
@@ -39,13 +45,48 @@ DEADLINE_GRACE_S = 0.25
 
 @dataclass
 class Site:
-    """What the requests of a client share. `watch` is None for a list of nodes."""
+    """What the requests of a client share. `watch` is None for a list of nodes, `mux` where each
+    request is an RPC of its own."""
 
     channels: Channels
     router: Router
     watch: RouteWatch | None
     policy: RetryPolicy
     budget: RetryBudget
+    mux: StepMux | None = None
+
+
+class _Source(Protocol):
+    """What a node answers to one attempt."""
+
+    async def get(self) -> Response | list[int]:
+        """A message, or tokens that are all there is to tell. Raises LoraServeError."""
+
+    async def close(self) -> None:
+        """Cancels what has not ended."""
+
+
+class _RpcAttempt:
+    """An attempt that is an RPC of its own."""
+
+    def __init__(
+        self,
+        messages: AsyncGenerator[inference_pb2.GenerateResponse, None],
+        observe: Callable[[common_pb2.NodeLoad], None],
+    ) -> None:
+        self._messages = messages
+        self._observe = observe
+
+    async def get(self) -> inference_pb2.GenerateResponse:
+        message = await anext(self._messages, None)
+        if message is None:
+            raise lost("the node ended the stream before the answer")
+        if message.HasField("load"):
+            self._observe(message.load)
+        return message
+
+    async def close(self) -> None:
+        await self._messages.aclose()
 
 
 @dataclass(frozen=True)
@@ -67,12 +108,18 @@ def _check_timeout(timeout_s: float | None) -> None:
 
 class RequestRun:
     def __init__(
-        self, site: Site, log: AnswerLog, route: RouteRequest, timeout_s: float | None
+        self,
+        site: Site,
+        log: AnswerLog,
+        route: RouteRequest,
+        timeout_s: float | None,
+        span: Span | None = None,
     ) -> None:
-        """Raises InvalidArgumentError (`timeout_s`)."""
+        """`span`: each attempt is a child of it. Raises InvalidArgumentError (`timeout_s`)."""
         _check_timeout(timeout_s)
         self._site = site
         self._log = log
+        self._span = span
         self._route = route
         self._loop = asyncio.get_running_loop()
         self._timeout_s = timeout_s
@@ -96,7 +143,7 @@ class RequestRun:
             node = await self._choose()
             had = len(self._log.token_ids)
             try:
-                async with contextlib.aclosing(self._attempt(node)) as attempt:
+                async with contextlib.aclosing(self._traced(node)) as attempt:
                     async for chunk in attempt:
                         yield chunk
                 return
@@ -200,36 +247,67 @@ class RequestRun:
         # The cluster knows the base: its nodes may come back.
         return UnavailableError("nodes", f"none serves {base!r}, but {served}")
 
-    async def _attempt(self, node: NodeRoute) -> AsyncGenerator[Chunk, None]:
+    def _traced(self, node: NodeRoute) -> AsyncGenerator[Chunk, None]:
+        """An attempt, in a span of its own where the request is traced."""
+        if self._span is None:
+            return self._attempt(node)
+        number = self._retry.attempt
+        return in_span(
+            self._span, node.node_id, number, self._log, lambda t: self._attempt(node, t)
+        )
+
+    async def _attempt(self, node: NodeRoute, traceparent: str = "") -> AsyncGenerator[Chunk, None]:
         left = self._left()
         request = self._log.request(
             self._retry.attempt, left, self._routed_revision(), self._routes_of(node)
         )
-        router, channels = self._site.router, self._site.channels
-        stub = inference_pb2_grpc.InferenceServiceStub(channels.get(node.address))
+        if traceparent:
+            request.traceparent = traceparent
+        router = self._site.router
         tokens = self._log.prompt_tokens + len(self._log.token_ids)
         counts = router.table.rank_costs is not None
         rank = router.rank_of(self._route_now()) if counts else 0
         ticket = router.began(node.node_id, tokens, rank)
+        source: _Source | None = None
         try:
-            call = stub.Generate(
-                request,
-                metadata=channels.metadata,
-                timeout=None if left is None else left + DEADLINE_GRACE_S,
-            )
-            async with contextlib.aclosing(responses(channels, call)) as messages:
-                async for message in messages:
-                    if message.HasField("load"):
-                        router.observe(node.node_id, load_from_wire(message.load))
-                    chunk = self._log.accept(message)
+            left = None if left is None else left + DEADLINE_GRACE_S
+            source = self._source(node, request, left)
+            answered = False
+            while True:
+                message = await source.get()
+                if type(message) is list:
+                    yield self._log.accept_tokens(message)
+                    continue
+                chunk = self._log.accept(cast(Response, message))
+                if not answered:
+                    answered = True
                     router.answered(node.node_id, ticket)
-                    if chunk is not None:
-                        yield chunk
-                    if self._log.finish_reason is not None:
-                        return
-            raise lost("the node ended the stream before the answer")
+                if chunk is not None:
+                    yield chunk
+                if self._log.finish_reason is not None:
+                    return
         finally:
+            if source is not None:
+                await source.close()
             router.ended(node.node_id, ticket)
+
+    def _source(
+        self, node: NodeRoute, request: inference_pb2.GenerateRequest, timeout_s: float | None
+    ) -> "_Source":
+        """Sends the request. Raises LoraServeError."""
+        router, channels, mux = self._site.router, self._site.channels, self._site.mux
+
+        def observe(load: common_pb2.NodeLoad) -> None:
+            router.observe(node.node_id, load_from_wire(load))
+
+        if mux is not None:
+            return mux.begin(node.address, request, timeout_s, observe)
+        stub = inference_pb2_grpc.InferenceServiceStub(channels.get(node.address))
+        metadata = channels.metadata
+        if self._span is not None and request.traceparent:
+            metadata = grpc.aio.Metadata(*metadata, ("traceparent", request.traceparent))
+        call = stub.Generate(request, metadata=metadata, timeout=timeout_s)
+        return _RpcAttempt(responses(channels, call), observe)
 
     def _routed_revision(self) -> str | None:
         """What the adapter's name means by the table; None where that does not tell."""

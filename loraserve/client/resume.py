@@ -12,6 +12,7 @@ the seed. That is enough for token ids and for text alike:
   the attempts joined are the text of the answer.
 """
 
+from loraserve.client.local_text import LocalText
 from loraserve.client.messages import (
     FINISH_REASONS,
     logprobs_from_wire,
@@ -23,6 +24,11 @@ from loraserve.errors import InvalidArgumentError, UnavailableError
 from loraserve.sampling_params import SamplingParams
 from loraserve.v1 import inference_pb2
 from loraserve.wire import MAX_MESSAGE_BYTES
+
+# Room for what an attempt adds: its route, and the tokens of the answer that it goes on with.
+MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - (256 << 10)
+
+Response = inference_pb2.GenerateResponse | inference_pb2.StepOutput
 
 
 def lost(message: str) -> UnavailableError:
@@ -43,8 +49,10 @@ class AnswerLog:
         base: str = "",
         revision: str | None = None,
         priority: int = 0,
+        text: LocalText | None = None,
     ) -> None:
-        """Raises InvalidArgumentError where the wire cannot carry a value."""
+        """`text`: makes the answer's, which nodes are then not asked for. Raises
+        InvalidArgumentError where the wire cannot carry a value."""
         if adapter == "":
             raise InvalidArgumentError("adapter", "is empty; None means the base model")
         if adapter is None and revision is not None:
@@ -61,11 +69,13 @@ class AnswerLog:
                 field, ref.revision = "revision", revision
         except (ValueError, TypeError) as error:
             raise InvalidArgumentError(field, f"{error}") from None
+        self._text = text
+        self._request.omit_text = text is not None
         self.prompt_tokens = set_prompt(self._request, prompt)
         """Estimated for text until a node has counted them."""
-        if (size := self._request.ByteSize()) > MAX_MESSAGE_BYTES:
+        if (size := self._request.ByteSize()) > MAX_REQUEST_BYTES:
             raise InvalidArgumentError(
-                "prompt", f"the request has {size} bytes, the limit is {MAX_MESSAGE_BYTES}"
+                "prompt", f"the request has {size} bytes, the limit is {MAX_REQUEST_BYTES}"
             )
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -76,9 +86,19 @@ class AnswerLog:
         self._texts: list[str] = []
         self._logprobs: list[float] = []
         self._top_logprobs: list[dict[int, float]] = []
+        self._wants_prompt_logprobs = params.prompt_logprobs
+        # Of the prompt's tokens but the first, as far as the attempt that runs has told them.
+        self._prompt_logprobs: list[float] = []
+        self._prompt_tops: list[dict[int, float]] = []
         self._stop_reason: str | int | None = None
         self._usage = inference_pb2.Usage()
         self.node_id = ""
+
+    def set_token_ids(self, token_ids: list[int], text: LocalText) -> None:
+        """In place of the text prompt, before anything is sent."""
+        self.prompt_tokens = set_prompt(self._request, token_ids)
+        self._text = text
+        self._request.omit_text = True
 
     @property
     def started(self) -> bool:
@@ -120,6 +140,7 @@ class AnswerLog:
         if self.started and self._start is not None:
             # What began the answer must go on with it.
             request.sampling.seed = self._start.seed
+            request.sampling.prompt_logprobs = False  # they came with the first token
             request.adapter.base = self.base
             if self._start.revision:
                 request.adapter.revision = self._start.revision
@@ -130,6 +151,8 @@ class AnswerLog:
         if timeout_s is not None:
             request.timeout.FromMicroseconds(max(1, round(timeout_s * 1e6)))
         self._attempt_started = False
+        if not self.started:
+            self._prompt_logprobs, self._prompt_tops = [], []
         return request
 
     def finish_if_full(self, attempt: int) -> Chunk | None:
@@ -137,16 +160,18 @@ class AnswerLog:
         if not self.started or len(self.token_ids) < self._max_tokens:
             return None
         self.finish_reason = "length"
+        text = self._text.push([], ends=True) if self._text is not None else ""
+        self._texts.append(text)
         return Chunk(
             len(self.token_ids),
             [],
-            "",
+            text,
             finish_reason="length",
             node_id=self.node_id,
             attempt=attempt,
         )
 
-    def accept(self, response: inference_pb2.GenerateResponse) -> Chunk | None:
+    def accept(self, response: Response) -> Chunk | None:
         """What is new in a response; None for nothing.
 
         Raises UnavailableError where the response does not continue the answer: another attempt
@@ -176,15 +201,41 @@ class AnswerLog:
             raise lost(f"the answer ends after {first + known} tokens, but {have} are here")
         return self._extend(response, token_ids, logprobs, tops, text)
 
+    def accept_tokens(self, token_ids: list[int]) -> Chunk:
+        """The chunk of tokens that follow those which are here, and are all that the node has to
+        tell. Raises UnavailableError where that cannot be."""
+        if not (self._attempt_started and self.started) or self._wants_logprobs:
+            raise lost("tokens without what belongs to them")
+        if self._text is None:
+            raise lost("tokens without text")
+        first = len(self.token_ids)
+        text = self._text.push(token_ids)
+        self.token_ids += token_ids
+        self._texts.append(text)
+        return Chunk(first, token_ids, text, node_id=self.node_id)
+
+    def _local_text(self, response: Response, token_ids: list[int]) -> str:
+        assert self._text is not None
+        ends = bool(response.finish_reason)
+        end_token = ends and bool(token_ids) and response.usage.HasField("stop_token_id")
+        return self._text.push(token_ids, ends=ends, end_token=end_token)
+
     def _extend(
         self,
-        response: inference_pb2.GenerateResponse,
+        response: Response,
         token_ids: list[int],
         logprobs: list[float],
         tops: list[dict[int, float]],
         text: str,
     ) -> Chunk | None:
         first = len(self.token_ids)
+        if self._text is not None:
+            text = self._local_text(response, token_ids)
+        if response.prompt_logprobs and not first:
+            self._take_prompt_logprobs(response)
+        prompt_logprobs = prompt_tops = None
+        if self._wants_prompt_logprobs and token_ids and not first:
+            prompt_logprobs, prompt_tops = self._all_prompt_logprobs()
         self.token_ids += token_ids
         self._logprobs += logprobs
         self._top_logprobs += tops
@@ -206,7 +257,24 @@ class AnswerLog:
             response.attempt,
             response.start.queue_time_us / 1e6,
             response.start.prefill_time_us / 1e6,
+            prompt_logprobs,
+            prompt_tops,
         )
+
+    def _take_prompt_logprobs(self, response: Response) -> None:
+        logprobs, tops = logprobs_from_wire(response.prompt_logprobs)
+        self._prompt_logprobs += logprobs
+        self._prompt_tops += tops
+
+    def _all_prompt_logprobs(
+        self,
+    ) -> tuple[list[float | None], list[dict[int, float] | None]]:
+        """Raises UnavailableError where some are missing."""
+        if len(self._prompt_logprobs) != self.prompt_tokens - 1:
+            raise lost(
+                f"{len(self._prompt_logprobs)} logprobs for a prompt of {self.prompt_tokens} tokens"
+            )
+        return [None, *self._prompt_logprobs], [None, *self._prompt_tops]
 
     def _take_start(self, start: inference_pb2.GenerateStart) -> None:
         before = self._start
@@ -235,6 +303,8 @@ class AnswerLog:
     def completion(self, attempts: int) -> Completion:
         """The answer, once it has a finish reason."""
         start = self._start or inference_pb2.GenerateStart()
+        wanted = self._wants_prompt_logprobs and self.started
+        told = self._all_prompt_logprobs() if wanted else (None, None)
         return Completion(
             token_ids=self.token_ids,
             text="".join(self._texts),
@@ -249,4 +319,6 @@ class AnswerLog:
             node_id=self.node_id,
             attempts=attempts,
             queue_time_s=self._usage.queue_time_us / 1e6,
+            prompt_logprobs=told[0],
+            prompt_top_logprobs=told[1],
         )

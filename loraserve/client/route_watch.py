@@ -36,6 +36,7 @@ class RouteWatch:
         self._on_table = on_table
         self._book = RouteBook()
         self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._confirmed_at: float | None = None
         self._connected = False
@@ -43,6 +44,7 @@ class RouteWatch:
         self._tries = 0
 
     def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run(), name="loraserve-route-watch")
 
     async def stop(self) -> None:
@@ -60,9 +62,9 @@ class RouteWatch:
     def age_s(self) -> float | None:
         """Seconds since the table was last known to be the controller's: 0 while the watch stands,
         None where there never was one."""
-        if self._confirmed_at is None:
+        if self._confirmed_at is None or self._loop is None:
             return None
-        return 0.0 if self._connected else asyncio.get_running_loop().time() - self._confirmed_at
+        return 0.0 if self._connected else self._loop.time() - self._confirmed_at
 
     async def changed(self, timeout_s: float | None) -> bool:
         """Waits for the next table or failed try; False where neither came in time."""

@@ -145,6 +145,12 @@ class Router:
         if view is not None:
             view.load, view.observed_at = load, self._clock()
 
+    def pages(self) -> tuple[int, int]:
+        """(in use, all) of the nodes, as each told last."""
+        loads = [view.load for view in list(self._views.values())]
+        total = sum(load.total_pages for load in loads)
+        return total - sum(load.free_pages for load in loads), total
+
     def answered(self, node_id: str, ticket: int) -> None:
         """The node answers the request of the ticket. One that was sent before a failure tells
         nothing: a node that drains goes on with what it has and refuses what is new."""

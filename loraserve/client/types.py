@@ -8,7 +8,7 @@ Prompt = str | Sequence[int]
 """Text, or token ids."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """A piece of an answer."""
 
@@ -31,6 +31,9 @@ class Chunk:
     prefill_time_s: float = 0.0
     """Both in the first chunk of an attempt: at the node, from the request's arrival to its first
     step, and from there to its first token."""
+    prompt_logprobs: list[float | None] | None = None
+    """With the first token, where asked for: of each prompt token, None of the first."""
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Completion:
     """How often the request was sent; 1 where nothing went wrong."""
     queue_time_s: float
     """From its last arrival at a node to its first step there."""
+    prompt_logprobs: list[float | None] | None = None
+    """Where asked for: of each prompt token, None of the first."""
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
 
 @dataclass(frozen=True)

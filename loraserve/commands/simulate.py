@@ -19,6 +19,7 @@ from loraserve.sim.run import Result, SimulationOptions, simulate
 from loraserve.sim.suite import SUITE, WORKLOADS
 
 _BYTES = 1 << 30
+_FULL_OUTPUT, _QUICK_OUTPUT = Path("claims"), Path("claims-quick")
 
 
 def add_parser(commands: Any) -> None:
@@ -28,7 +29,7 @@ def add_parser(commands: Any) -> None:
         help="a cluster in simulated time: which policy, how many nodes",
         description="Runs a workload or a trace through a simulated cluster whose controller and "
         "router are the real ones and whose engines follow a profile. `loraserve simulate claims` "
-        "compares all policies over the whole suite and writes the report.",
+        "compares all policies over the whole suite and writes the report (needs loraserve[sim]).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("what", nargs="?", choices=["run", "claims"], default="run")
@@ -75,8 +76,15 @@ def add_parser(commands: Any) -> None:
         help="a node dies at that second, for so many (60)",
     )
     parser.add_argument("--json", action="store_true", help="one object")
-    parser.add_argument("--quick", action="store_true", help="claims: small, within a minute")
-    parser.add_argument("--output", type=Path, help="claims: folder for JSON, plots and report")
+    parser.add_argument("--quick", action="store_true", help="claims: small, a minute or two")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        # So that the formatter adds no "(default: None)".
+        default=argparse.SUPPRESS,
+        help="claims: folder for JSON, plots and report, which are overwritten "
+        f"(default: {_FULL_OUTPUT}, with --quick {_QUICK_OUTPUT})",
+    )
     parser.add_argument("--workers", type=int, default=2, help="claims: processes")
     parser.set_defaults(run=_simulate)
 
@@ -137,7 +145,8 @@ def _table(result: Result) -> Table:
 def _claims(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.workers <= 256:
         raise InvalidArgumentError("workers", f"{arguments.workers} is not within 1 and 256")
-    output = arguments.output or Path("docs/results")
+    usual = _QUICK_OUTPUT if arguments.quick else _FULL_OUTPUT
+    output: Path = getattr(arguments, "output", usual)
     report = run_claims(arguments.quick, arguments.workers, output, print)
     print(f"report: {report}")
     return 0

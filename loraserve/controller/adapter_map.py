@@ -31,7 +31,7 @@ class AdapterMap(Mapping[AdapterId, V]):
         return self._shards[_shard(adapter)][adapter]
 
     def find(self, adapter: AdapterId) -> V | None:
-        """As `get`, and quicker."""
+        """As `get`, which is slow."""
         return self._shards[_shard(adapter)].get(adapter)
 
     def __contains__(self, adapter: object) -> bool:

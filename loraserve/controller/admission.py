@@ -1,17 +1,22 @@
-"""An upload on its way into the cluster: received into a staging file, checked, then admitted."""
+"""An upload on its way into the cluster: checked while it comes into a staging file, then admitted.
+
+Every byte is checked even where the store holds the revision already: who knows only the header of
+an adapter must not come by a name for it.
+"""
 
 import asyncio
 import contextlib
 import errno
 import os
 import secrets
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
-from loraserve.checkpoint.packed_adapter import open_packed
+from loraserve.checkpoint.packed_stream import PackedStream
 from loraserve.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -43,20 +48,34 @@ class PackedFacts:
     base_digest: str = ""
 
 
-Inspector = Callable[[Path], PackedFacts]
+class UploadCheck(Protocol):
+    """Of one upload. The methods block and raise InvalidCheckpointError or UnsupportedError."""
+
+    def feed(self, data: bytes) -> None:
+        """The next bytes, of any length."""
+
+    def finish(self) -> PackedFacts:
+        """After the last byte."""
 
 
-def inspect_packed(path: Path) -> PackedFacts:
-    """Reads and checks every byte of the file against its header's sha256 sums. Raises
-    InvalidCheckpointError."""
-    packed = open_packed(path, verify="sha256")
-    return PackedFacts(
-        packed.revision,
-        packed.base_name,
-        packed.size_bytes,
-        packed.max_rank,
-        packed.base_digest or "",
-    )
+class PackedCheck:
+    """Both sums of every chunk, and no weight that is NaN or infinite."""
+
+    def __init__(self) -> None:
+        self._stream = PackedStream(verify="sha256")
+
+    def feed(self, data: bytes) -> None:
+        self._stream.feed(data)
+
+    def finish(self) -> PackedFacts:
+        header = self._stream.finish()
+        return PackedFacts(
+            header.revision,
+            header.base_name,
+            header.size_bytes,
+            header.max_rank,
+            header.base_digest or "",
+        )
 
 
 class Admission:
@@ -65,12 +84,14 @@ class Admission:
     def __init__(
         self,
         staging: Path,
-        inspector: Inspector = inspect_packed,
+        new_check: Callable[[], UploadCheck] = PackedCheck,
         max_bytes: int = MAX_ADAPTER_BYTES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._staging = staging
-        self._inspector = inspector
+        self._new_check = new_check
         self._max_bytes = max_bytes
+        self._clock = clock
         self._running: Counter[str] = Counter()
         staging.mkdir(parents=True, exist_ok=True)
         for left in staging.iterdir():
@@ -102,8 +123,7 @@ class Admission:
         self._running[tenant] += 1
         path = self._staging / f"{secrets.token_hex(16)}.part"
         try:
-            await self._write(path, size_bytes, chunks)
-            facts = await asyncio.to_thread(self._inspector, path)
+            facts = await self._write(path, size_bytes, chunks)
             if facts.size_bytes != size_bytes:
                 raise InvalidArgumentError(
                     "size_bytes", f"{size_bytes}, but the packed adapter has {facts.size_bytes}"
@@ -119,14 +139,16 @@ class Admission:
                 del self._running[tenant]
             path.unlink(missing_ok=True)
 
-    async def _write(self, path: Path, size_bytes: int, chunks: AsyncIterator[bytes]) -> None:
+    async def _write(
+        self, path: Path, size_bytes: int, chunks: AsyncIterator[bytes]
+    ) -> PackedFacts:
+        check = self._new_check()
         received = 0
-        now = asyncio.get_running_loop().time
-        begin = now()
+        begin = self._clock()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             while True:
-                late_s = now() - begin - received / MIN_BYTES_PER_S
+                late_s = self._clock() - begin - received / MIN_BYTES_PER_S
                 chunk = await _next(chunks, CHUNK_TIMEOUT_S - max(0.0, late_s), received)
                 if chunk is None:
                     break
@@ -135,11 +157,17 @@ class Admission:
                     raise InvalidArgumentError("chunk", f"over {CHUNK_BYTES} bytes")
                 if received > size_bytes:
                     raise InvalidArgumentError("chunk", f"more bytes than size_bytes {size_bytes}")
-                await asyncio.to_thread(file.write, chunk)
+                await asyncio.to_thread(_take, chunk, check, file)
         if received != size_bytes:
             raise InvalidArgumentError(
                 "chunk", f"the upload ended after {received} of {size_bytes} bytes"
             )
+        return await asyncio.to_thread(check.finish)
+
+
+def _take(chunk: bytes, check: UploadCheck, file: BinaryIO) -> None:
+    check.feed(chunk)
+    file.write(chunk)
 
 
 async def in_time(message: Awaitable[T], field: str) -> T:

@@ -85,7 +85,10 @@ class Catalog:
         return history[0] if history else None
 
     def revision(self, adapter: AdapterId, revision: str) -> AdapterSpec | None:
-        return next((s for s in self.history(adapter) if s.revision == revision), None)
+        for spec in self._histories.get(adapter, ()):
+            if spec.revision == revision:
+                return spec
+        return None
 
     def rows(self) -> "Rows":
         """What every name points to; the same object until that changes."""

@@ -41,11 +41,11 @@ class RouteChoice:
     def _serving(self, key: CopyKey) -> list[tuple[Node, Copy]]:
         """Copies that new requests may go to, those of nodes that are heard of if there are."""
         serving = [
-            (node, node.copies[key])
+            (node, copy)
             for node in self._members.holders(key[0])
             if not node.draining
-            and key in node.copies
-            and node.copies[key].state.serves
+            and (copy := node.copies.get(key)) is not None
+            and copy.state.serves
             and key not in node.drops
         ]
         heard = [(node, copy) for node, copy in serving if node.heard]
@@ -75,6 +75,9 @@ class RouteChoice:
 def _holders(serving: list[tuple[Node, Copy]], wanted: Target) -> tuple[RouteHolder, ...]:
     """The targets by their shares. Until all of them serve, those that are to go help on, with what
     the missing ones would get."""
+    if len(serving) == 1 == len(wanted.nodes) and serving[0][0].record.node_id in wanted.nodes:
+        node, copy = serving[0]
+        return (RouteHolder(node.record.node_id, WHOLE_WEIGHT, copy.state),)
     weights = wanted.weights
     ids = {node.record.node_id for node, _ in serving}
     if weights.keys() != ids:

@@ -139,10 +139,11 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                     result.command_id,
                     result.error.message,
                 )
-        effects = await self._runtime.apply(heartbeat_from_wire(request))
+        beat = heartbeat_from_wire(request)
+        effects = await self._runtime.apply(beat)
         known = not any(isinstance(effect, AskRegister) for effect in effects)
         if known:
-            self._metrics.node_load(request.node_id, request.load)
+            self._metrics.heard(request.node_id, request.load, beat.demand)
         gap = any(isinstance(effect, AskResidency) for effect in effects)
         link.answer_beat(must_register=not known, send_everything=gap)
 
@@ -170,7 +171,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             spec = state.current(adapter)
         if spec is None:
             raise NotFoundError("adapter", f"{adapter} does not exist")
-        return controller_pb2.ResolveAdapterResponse(load=load_to_wire(spec))
+        return controller_pb2.ResolveAdapterResponse(load=load_to_wire(spec, state.peers(spec)))
 
     @typed_errors
     async def GetClusterStatus(

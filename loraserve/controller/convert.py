@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraserve.controller.events import (
     Copy,
+    CopyHolder,
     DemandSample,
     Heartbeat,
     NodeRecord,
@@ -45,12 +46,14 @@ def adapter_id_to_wire(adapter: AdapterId) -> common_pb2.AdapterId:
     return common_pb2.AdapterId(tenant=adapter.tenant, base=adapter.base, name=adapter.name)
 
 
-def load_to_wire(spec: AdapterSpec) -> node_pb2.AdapterLoad:
+def load_to_wire(spec: AdapterSpec, peers: Iterable[CopyHolder]) -> node_pb2.AdapterLoad:
+    """`peers`: whom to read it from, best first."""
     return node_pb2.AdapterLoad(
         adapter=adapter_id_to_wire(spec.adapter),
         revision=spec.revision,
         size_bytes=spec.size_bytes,
         max_rank=spec.max_rank,
+        peers=[node_pb2.AdapterPeer(node_id=p.node_id, address=p.address) for p in peers],
     )
 
 
@@ -58,7 +61,7 @@ def command_to_wire(command: SendLoad | SendDrop, routes: RouteTable) -> control
     """`routes`: as published, for what a node tells those who come for what it has dropped."""
     message = controller_pb2.Command(command_id=command.command_id)
     if isinstance(command, SendLoad):
-        message.load.CopyFrom(load_to_wire(command.spec))
+        message.load.CopyFrom(load_to_wire(command.spec, command.peers))
     else:
         message.drop.adapter.CopyFrom(adapter_id_to_wire(command.adapter))
         message.drop.revision = command.revision

@@ -37,6 +37,13 @@ class Copy(NamedTuple):
     size_bytes: int = 0
 
 
+class CopyHolder(NamedTuple):
+    """A node that holds a revision, and where it gives it to other nodes (host:port)."""
+
+    node_id: str
+    address: str
+
+
 @dataclass(frozen=True)
 class DemandSample:
     """Tokens of one adapter since the node's heartbeat before."""
@@ -117,6 +124,15 @@ class PlacementComputed:
     answer: PlacementAnswer
 
 
+@dataclass(frozen=True)
+class PlacementFailed:
+    """Of a ComputePlacement there is no answer, by no word of the policy. As PlacementComputed, it
+    changes nothing where it is not awaited any more."""
+
+    question: PlacementQuestion
+    why: str
+
+
 Event = (
     NodeRegistered
     | Heartbeat
@@ -126,6 +142,7 @@ Event = (
     | AdapterRemoved
     | Tick
     | PlacementComputed
+    | PlacementFailed
 )
 
 
@@ -144,9 +161,12 @@ class SavePlacement:
 
 @dataclass(frozen=True)
 class SendLoad:
+    """`peers`: whom to read it from, best first; none where nobody else holds it."""
+
     node_id: str
     command_id: int
     spec: AdapterSpec
+    peers: tuple[CopyHolder, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,8 +217,9 @@ class TellOperator:
 
 @dataclass(frozen=True)
 class ComputePlacement:
-    """Answer with PlacementComputed(solve(question)), from wherever that takes no time of what
-    else happens. Until then the core asks for no other placement."""
+    """Answer with PlacementComputed(solve(question)) or PlacementFailed, from wherever that takes
+    no time of what else happens. Until then, or until the answer is overdue, the core asks for no
+    other placement."""
 
     question: PlacementQuestion
 

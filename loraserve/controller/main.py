@@ -11,6 +11,7 @@ from pathlib import Path
 from loraserve.controller.server import GC_THRESHOLDS, ControllerOptions, ControllerServer
 from loraserve.controller.state import Settings
 from loraserve.daemon import DaemonParser, run_daemon
+from loraserve.logs import add_log_arguments
 from loraserve.placement.cost_model import Slo
 from loraserve.placement.load import DEFAULT_PROFILE, LoadModel
 from loraserve.placement.operating_point import LengthMix
@@ -20,12 +21,16 @@ from loraserve.security import TlsFiles
 
 _log = logging.getLogger("loraserve.controller")
 
+# Of the top level of a configuration file.
+_SHARED = {name: name for name in ("data-dir", "keys", "log-level", "log-format")}
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = DaemonParser(
         prog="loraserve-controller",
         description="Keeps the adapters of a cluster, places them on nodes and publishes routes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        section="controller",
+        shared=_SHARED,
     )
     add = parser.add_argument
     add("--listen", default="127.0.0.1:7400", help="host:port; port 0 takes a free one")
@@ -59,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=float, default=LengthMix().output, help="mean tokens of an answer")
     add("--node-adapters", type=int, default=LengthMix().adapters, help="distinct ones on a node")
     add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
-    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add_log_arguments(parser)
     return parser
 
 

@@ -30,6 +30,8 @@ class SentDrop:
     tick: int
 
 
+# So few may always fall quiet together.
+MOST_QUIET_TOGETHER = 4
 # A drop that a node neither applies nor loses with its stream is forgotten after so many ticks.
 DROP_MEMORY_TICKS = 60
 
@@ -244,15 +246,22 @@ class Membership:
         return node
 
     def fall_quiet(self, tick: int, quiet_ticks: int) -> list[Node]:
-        """The nodes that are silent for too long to be trusted, since this tick."""
+        """The nodes that are silent for too long to be trusted, since this tick.
+
+        None, where more than half of a cluster falls silent together: rather than so many nodes,
+        this process or its network was held up, and other copies are no better.
+        """
         found = []
         for node_id in self._by_silence:
             node = self.nodes[node_id]
             if tick - node.heard_tick <= quiet_ticks:
                 break  # those that follow were heard of later
             if not node.quiet:
-                node.quiet = True
                 found.append(node)
+        if len(found) > max(MOST_QUIET_TOGETHER, len(self.nodes) // 2):
+            return []
+        for node in found:
+            node.quiet = True
         return found
 
     def expire(self, tick: int, silent_ticks: int, unlinked_ticks: int) -> list[Node]:

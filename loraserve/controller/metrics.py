@@ -1,6 +1,6 @@
 """What the controller tells Prometheus. Nodes measure requests; here is the cluster as a whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import (
@@ -11,14 +11,16 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from loraserve.controller.events import Residency
+from loraserve.controller.events import DemandSample, Residency
 from loraserve.controller.runtime import Runtime
+from loraserve.controller.seen import SeenLoad
 from loraserve.controller.state import ControllerState
+from loraserve.placement.load import LoadModel
 from loraserve.v1 import common_pb2
 
 
 class ControllerMetrics:
-    """A registry of its own. `node_load` is called with every heartbeat; the rest is read from the
+    """A registry of its own. `heard` is called with every heartbeat; the rest is read from the
     core when Prometheus asks."""
 
     def __init__(self) -> None:
@@ -30,22 +32,32 @@ class ControllerMetrics:
             registry=self.registry,
         )
         self._loads: dict[str, common_pb2.NodeLoad] = {}
+        self._seen: SeenLoad | None = None
 
-    def observe(self, runtime: Runtime) -> None:
-        """Adds the gauges of the core's state."""
-        self.registry.register(_ClusterCollector(runtime, self._loads))
+    def observe(self, runtime: Runtime, load: LoadModel) -> None:
+        """Adds the gauges of the core's state. `load`: what placement predicts with."""
+        self._seen = SeenLoad(load)
+        self.registry.register(_ClusterCollector(runtime, self._loads, self._seen))
 
-    def node_load(self, node_id: str, load: common_pb2.NodeLoad) -> None:
+    def heard(
+        self, node_id: str, load: common_pb2.NodeLoad, demand: Iterable[DemandSample]
+    ) -> None:
+        """A heartbeat of a node that is registered; called with each."""
         self._loads[node_id] = load
+        if self._seen is not None:
+            self._seen.heard(node_id, demand)
 
 
 class _ClusterCollector(Collector):
     """Runs in the HTTP thread: it takes copies of the core's mappings before it walks them, which
     is atomic under the interpreter lock."""
 
-    def __init__(self, runtime: Runtime, loads: dict[str, common_pb2.NodeLoad]) -> None:
+    def __init__(
+        self, runtime: Runtime, loads: dict[str, common_pb2.NodeLoad], seen: SeenLoad
+    ) -> None:
         self._runtime = runtime
         self._loads = loads
+        self._seen = seen
 
     def describe(self) -> Iterator[Metric]:
         return iter(())
@@ -61,6 +73,15 @@ class _ClusterCollector(Collector):
         yield _gauge("moved_bytes", "Asked for in this placement interval.", state.moved_bytes)
         yield _counter("placements", "Whole placements that were made.", state.placements)
         yield from _by_label(state)
+        yield from self._commands()
+        seen = GaugeMetricFamily(
+            "loraserve_seen_utilisation",
+            "Of nodes, by what they reported of the last seconds; in the unit of the predicted.",
+            labels=["node"],
+        )
+        for node_id, part in sorted(self._seen.utilisation(state).items()):
+            seen.add_metric([node_id], part)
+        yield seen
 
         queue = GaugeMetricFamily(
             "loraserve_queue_depth", "Requests that wait, by node.", labels=["node"]
@@ -91,6 +112,18 @@ class _ClusterCollector(Collector):
                 resident.add_metric([node_id, word.name.lower()], states.count(word))
         yield from (ttft, tbt, queue, pages, resident)
 
+    def _commands(self) -> Iterator[Metric]:
+        runtime = self._runtime
+        commands = CounterMetricFamily(
+            "loraserve_commands", "That nodes were sent: load, drop.", labels=["kind"]
+        )
+        commands.add_metric(["load"], runtime.loads_sent)
+        commands.add_metric(["drop"], runtime.drops_sent)
+        yield commands
+        yield _counter(
+            "migrations", "Loads of adapters that another node served already.", runtime.migrations
+        )
+
 
 def _by_label(state: ControllerState) -> Iterator[Metric]:
     wanted = GaugeMetricFamily(
@@ -114,7 +147,14 @@ def _by_label(state: ControllerState) -> Iterator[Metric]:
     )
     for reason, count in sorted(dict(state.ignored).items()):
         ignored.add_metric([reason], count)
-    yield from (wanted, busy, ignored)
+    failed = CounterMetricFamily(
+        "loraserve_placements_failed",
+        "Whole placements that came to nothing, by reason.",
+        labels=["reason"],
+    )
+    for reason, count in sorted(dict(state.failed_placements).items()):
+        failed.add_metric([reason], count)
+    yield from (wanted, busy, ignored, failed)
 
 
 def _counter(name: str, help_: str, value: float) -> CounterMetricFamily:

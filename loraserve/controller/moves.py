@@ -15,6 +15,7 @@ from loraserve.controller.catalog import Catalog
 from loraserve.controller.events import Copy, SendDrop, SendLoad
 from loraserve.controller.failures import LoadFailures
 from loraserve.controller.membership import CopyKey, Membership, Node, SentDrop, SentLoad
+from loraserve.controller.peers import PeerChoice
 from loraserve.controller.residency import Residency
 from loraserve.controller.routes import AdapterRoute
 from loraserve.controller.settings import Settings
@@ -34,6 +35,7 @@ class Moves:
         targets: Targets,
         failures: LoadFailures,
         timers: Timers,
+        peers: PeerChoice,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -41,6 +43,7 @@ class Moves:
         self._targets = targets
         self._failures = failures
         self._timers = timers
+        self._peers = peers
         self._unrouted_since: dict[AdapterId, dict[tuple[str, str], int]] = {}
         # Loads that wait for the next interval's budget.
         self._postponed: set[AdapterId] = set()
@@ -127,7 +130,10 @@ class Moves:
         command = self._command()
         node.expect(key, SentLoad(command, tick, spec))
         self._timers.at(tick + self._settings.patience_ticks, spec.adapter)
-        return SendLoad(node.record.node_id, command, spec)
+        peers = self._peers.holders(key, node)
+        if peers:
+            self._peers.begin(node.record.node_id, key, peers[0].node_id, tick)
+        return SendLoad(node.record.node_id, command, spec, peers)
 
     def _affords(self, spec: AdapterSpec) -> bool:
         """A copy larger than the whole budget goes alone in an interval of its own."""
@@ -143,7 +149,10 @@ class Moves:
         effects: list[SendDrop] = []
         for node in self._members.holders(adapter):
             node_id = node.record.node_id
-            for key, copy in sorted(node.copies_of(adapter), key=lambda item: item[0][1]):
+            copies = node.copies_of(adapter)
+            if len(copies) > 1:
+                copies.sort(key=lambda item: item[0][1])
+            for key, copy in copies:
                 if node.draining or not self._superfluous(node_id, key, route):
                     continue
                 since = since_of.get((node_id, key[1]), tick)

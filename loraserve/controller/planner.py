@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loraserve.controller.asked import AskedPlacement
 from loraserve.controller.catalog import Catalog
 from loraserve.controller.home import Site, first_home, stays
 from loraserve.controller.placing import PlacementAnswer, PlacementQuestion, Since
@@ -79,9 +80,7 @@ class Planner:
         for spec in catalog.specs():
             self._demand.admit(spec.adapter, spec.max_rank)
         self._surges = Surges(settings, load, catalog.current)
-        # The question whose answer is awaited, and adapters that came, changed or went since.
-        self._asked: PlacementQuestion | None = None
-        self._touched: set[AdapterId] = set()
+        self._asked = AskedPlacement(settings.answer_ticks)
         self._not_before: int | None = 0
         self._placed_tick = NEVER
 
@@ -96,11 +95,11 @@ class Planner:
         self._surges.count(adapter, prefill, decode)
 
     def admit(self, spec: AdapterSpec) -> None:
-        self._touched.add(spec.adapter)
+        self._asked.touched.add(spec.adapter)
         self._demand.admit(spec.adapter, spec.max_rank)
 
     def forget(self, adapter: AdapterId) -> None:
-        self._touched.add(adapter)
+        self._asked.touched.add(adapter)
         self._demand.forget(adapter)
         self._surges.forget(adapter)
         for known in (self.unplaced, self._moved):
@@ -114,7 +113,7 @@ class Planner:
             self._not_before = not_before
 
     def due(self, tick: int) -> bool:
-        if self._not_before is None or self._asked is not None:
+        if self._not_before is None or self._asked.question is not None:
             return False
         return max(self._not_before, self._placed_tick + 1) <= tick
 
@@ -216,21 +215,40 @@ class Planner:
         limits = ProblemLimits(
             cluster.forbidden, self._settings.replicas, cluster.byte_budget, self._load
         )
-        self._asked, self._touched = (
-            PlacementQuestion(
-                self._policy,
-                self._catalog.rows(),
-                cluster.nodes,
-                cluster.strain,
-                self._demand.demand(),
-                self._demand.idle(),
-                {**self.targets.all, **cluster.held},
-                displaced,
-                limits,
-            ),
-            set(),
+        asked = PlacementQuestion(
+            self._policy,
+            self._catalog.rows(),
+            cluster.nodes,
+            cluster.strain,
+            self._demand.demand(),
+            self._demand.idle(),
+            {**self.targets.all, **cluster.held},
+            displaced,
+            limits,
         )
-        return self._asked
+        self._asked.ask(asked, tick)
+        return asked
+
+    @property
+    def failed(self) -> Mapping[str, int]:
+        """Placements that came to nothing, by reason."""
+        return self._asked.failures
+
+    def give_up_overdue(self, tick: int) -> str:
+        """Asks again where an answer does not come; the trouble, or nothing."""
+        waited = self._asked.give_up_overdue(tick)
+        if not waited:
+            return ""
+        self.request(tick)
+        return f"a placement was not computed in {waited} ticks; asking for another"
+
+    def fail(self, question: PlacementQuestion, why: str, tick: int) -> "Placing":
+        """There is no answer. Asks again in a while, as what is wrong may pass."""
+        if question is not self._asked.question:
+            return Placing()
+        self._asked.answered("error")
+        self.request(tick + self._settings.burst_gap_ticks)
+        return Placing(trouble=f"placement failed, all stays where it is: {why}")
 
     def adopt(
         self,
@@ -241,11 +259,12 @@ class Planner:
     ) -> "Placing":
         """Takes over what of the answer still holds; `nodes` and `forbidden` are those of now.
         Where placement failed, all stays as it was."""
-        if answer.question is not self._asked:
+        if answer.question is not self._asked.question:
             return Placing()
-        touched, self._asked = self._touched, None
         if answer.columns is None:
+            self._asked.answered("policy")
             return Placing(trouble=answer.trouble)
+        touched = self._asked.touched
         planned = dict(answer.question.demand)
         rows = answer.question.rows
         reasons = {rows.adapters[row]: why for row, why in answer.plan.reasons.items()}
@@ -264,6 +283,7 @@ class Planner:
         self.utilisation, self._ranks = dict(answer.utilisation), dict(answer.ranks)
         self.wanted = dict(answer.wanted)
         moved |= self._make_room(touched, nodes, forbidden)
+        self._asked.answered()
         return Placing(moved, explained)
 
     def _make_room(

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from loraserve.checkpoint.durable_store import DurableStore
@@ -18,6 +18,7 @@ from loraserve.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
+from loraserve.logs import about
 from loraserve.placement.types import AdapterId, AdapterSpec
 
 _log = logging.getLogger(__name__)
@@ -27,17 +28,27 @@ class AdapterRegistry:
     """One change at a time, so that a blob is never removed while another name takes it up; each
     goes to its end once it has begun, whatever becomes of its caller."""
 
-    def __init__(self, runtime: Runtime, blobs: DurableStore, clock_us: Callable[[], int]) -> None:
-        """`clock_us`: microseconds since 1970."""
+    def __init__(
+        self,
+        runtime: Runtime,
+        records: Iterable[AdapterRecord],
+        blobs: DurableStore,
+        clock_us: Callable[[], int],
+    ) -> None:
+        """`records`: what the runtime's store held when it started. `clock_us`: microseconds since
+        1970."""
         self._runtime = runtime
         self._blobs = blobs
         self._clock_us = clock_us
-        self._records = {r.adapter: r for r in runtime.store.adapters()}
+        self._records = {r.adapter: r for r in records}
         # Of each tenant (base, name), sorted; and the bases of each (tenant, name).
         self._names: dict[str, list[tuple[str, str]]] = {}
         self._bases: dict[tuple[str, str], set[str]] = {}
-        for adapter in self._records:
-            self._index(adapter)
+        for tenant, base, name in self._records:
+            self._names.setdefault(tenant, []).append((base, name))
+            self._bases.setdefault((tenant, name), set()).add(base)
+        for names in self._names.values():
+            names.sort()
         self._changing = asyncio.Lock()
 
     def find(self, tenant: str, base: str, name: str) -> AdapterRecord:
@@ -93,7 +104,11 @@ class AdapterRegistry:
             record = AdapterRecord((spec,), now, now)
             await self._store(record, blob)
             await self._runtime.apply(AdapterAdded(spec))
-        _log.info("adapter %s added, revision %s", spec.adapter, spec.revision[:12])
+        _log.info(
+            "adapter %s added, revision %s",
+            *(spec.adapter, spec.revision[:12]),
+            extra=about(adapter=str(spec.adapter), revision=spec.revision),
+        )
         return record
 
     async def update(
@@ -124,7 +139,11 @@ class AdapterRegistry:
             if old.history[0].revision != spec.revision:
                 await self._runtime.apply(AdapterUpdated(spec))
             await self._collect([s for s in old.history if s not in history])
-        _log.info("adapter %s updated, revision %s", spec.adapter, spec.revision[:12])
+        _log.info(
+            "adapter %s updated, revision %s",
+            *(spec.adapter, spec.revision[:12]),
+            extra=about(adapter=str(spec.adapter), revision=spec.revision),
+        )
         return record
 
     async def remove(self, adapter: AdapterId) -> None:
@@ -139,7 +158,7 @@ class AdapterRegistry:
             self._unindex(adapter)
             await self._runtime.apply(AdapterRemoved(adapter))
             await self._collect(list(record.history))
-        _log.info("adapter %s removed", adapter)
+        _log.info("adapter %s removed", adapter, extra=about(adapter=str(adapter)))
 
     async def _store(self, record: AdapterRecord, blob: Path | None) -> None:
         revision = record.history[0].revision

@@ -6,7 +6,7 @@ effects happen in the order in which the core asked for them.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from loraserve.controller.events import (
     AskRegister,
@@ -17,7 +17,7 @@ from loraserve.controller.events import (
     LinkLost,
     NodeLost,
     NodeRegistered,
-    PlacementComputed,
+    PlacementFailed,
     PublishRoutes,
     SavePlacement,
     SendDrop,
@@ -25,11 +25,13 @@ from loraserve.controller.events import (
     TellOperator,
     Tick,
 )
-from loraserve.controller.placing import PlacementAnswer, PlacementQuestion, solve
+from loraserve.controller.placing import PlacementQuestion
 from loraserve.controller.route_log import RouteChanges, RouteLog
+from loraserve.controller.solving import Solving
 from loraserve.controller.state import ControllerState, Settings
-from loraserve.controller.store import StateStore
+from loraserve.controller.store import AdapterRecord, StateStore
 from loraserve.controller.whole import whole
+from loraserve.logs import about
 from loraserve.placement.load import LoadModel
 from loraserve.placement.types import PlacementPolicy
 
@@ -88,29 +90,32 @@ class Runtime:
         self._routes_changed = asyncio.Condition()
         self._log_of_routes = RouteLog()
         self._closing = False
-        self._placing: asyncio.Task[None] | None = None
+        self._solving = Solving()
+        self._placing: set[asyncio.Task[None]] = set()
+        # Commands since the start, and loads of adapters that another node served already.
+        self.loads_sent = self.drops_sent = self.migrations = 0
 
     @classmethod
     def start(
         cls,
         store: StateStore,
+        records: Sequence[AdapterRecord],
         settings: Settings,
         policy: PlacementPolicy,
         load: LoadModel | None = None,
     ) -> "Runtime":
-        """A new epoch on what the store holds. Raises OSError."""
+        """A new epoch on what the store holds; `records`: its adapters. Raises OSError."""
         epoch = store.begin_epoch()
-        histories = [record.history for record in store.adapters()]
+        histories = {record.adapter: record.history for record in records}
         placed = store.placement()
-        known = {history[0].adapter for history in histories}
-        gone = [adapter for adapter in placed if adapter not in known]
+        gone = [adapter for adapter in placed if adapter not in histories]
         if gone:  # removed when the controller was killed
             store.save_placement({}, gone)
         state = ControllerState(
             settings,
             policy,
             epoch,
-            histories,
+            histories.values(),
             {a: tuple(nodes) for a, nodes in placed.items()},
             {a: tuple(nodes.values()) for a, nodes in placed.items()},
             load,
@@ -140,19 +145,27 @@ class Runtime:
                         self._log_of_routes.add(version, delta)
                         publish = True
                     case NodeLost(node_id):
-                        _log.warning("node %s is lost: no heartbeat", node_id)
+                        _log.warning(
+                            "node %s is lost: no heartbeat", node_id, extra=about(node=node_id)
+                        )
                         self.close_link(node_id)
                     case AskRegister(node_id):
-                        _log.info("node %s must register", node_id)
+                        _log.info("node %s must register", node_id, extra=about(node=node_id))
                     case AskResidency(node_id):
                         _log.info("node %s is to say again what it holds", node_id)
                     case TellOperator(message, trouble):
                         _log.log(logging.WARNING if trouble else logging.INFO, "%s", message)
                     case ComputePlacement(question):
-                        self._placing = asyncio.create_task(self._place(question))
+                        placing = asyncio.create_task(self._place(question))
+                        self._placing.add(placing)
+                        placing.add_done_callback(self._placing.discard)
             if isinstance(event, NodeRegistered):
                 n = event.node
-                _log.info("node %s registered at %s, base %s", n.node_id, n.address, n.base)
+                _log.info(
+                    "node %s registered at %s, base %s",
+                    *(n.node_id, n.address, n.base),
+                    extra=about(node=n.node_id),
+                )
         if publish:
             async with self._routes_changed:
                 self._routes_changed.notify_all()
@@ -160,16 +173,14 @@ class Runtime:
 
     async def _place(self, question: PlacementQuestion) -> None:
         """In a thread: it may take a second, and heartbeats and routes must not wait for it."""
+        answer = await self._solving.answer(question)
+        if self._closing:
+            return
         try:
-            answer = await asyncio.to_thread(solve, question)
+            await self.apply(answer)
         except Exception as error:
-            _log.exception("a placement failed")
-            answer = PlacementAnswer(question, f"placement failed, all stays where it is: {error}")
-        if not self._closing:
-            try:
-                await self.apply(PlacementComputed(answer))
-            except Exception:
-                _log.exception("a placement could not be adopted")
+            _log.exception("a placement could not be adopted")
+            await self.apply(PlacementFailed(question, f"it could not be adopted: {error}"))
 
     async def _save(self, saved: SavePlacement) -> None:
         placed = {
@@ -183,7 +194,26 @@ class Runtime:
             _log.error("the placement could not be saved: %s", error)
 
     def _send(self, command: Command) -> None:
-        _log.info("to %s: %s", command.node_id, _words(command))
+        if isinstance(command, SendLoad):
+            self.loads_sent += 1
+            route = self.state.routes.adapters.get(command.spec.adapter)
+            revision = command.spec.revision
+            self.migrations += route is not None and any(
+                served.revision == revision for served in route.revisions
+            )
+        else:
+            self.drops_sent += 1
+        loads = isinstance(command, SendLoad)
+        adapter, revision = (
+            (command.spec.adapter, command.spec.revision)
+            if isinstance(command, SendLoad)
+            else (command.adapter, command.revision)
+        )
+        _log.info(
+            "to %s: %s %s revision %s",
+            *(command.node_id, "load" if loads else "drop", adapter, revision[:12]),
+            extra=about(node=command.node_id, adapter=str(adapter), revision=revision),
+        )
         link = self._links.get(command.node_id)
         if link is not None:  # else the core sends it again
             link.send(command)
@@ -246,16 +276,12 @@ class Runtime:
         """Ends the streams of nodes and watchers. A placement that is being made is left to its
         thread; one that is being adopted is waited for."""
         self._closing = True
-        if self._placing is not None:
-            self._placing.cancel()
-            await asyncio.wait({self._placing})
+        placing = set(self._placing)
+        for task in placing:
+            task.cancel()
+        if placing:
+            await asyncio.wait(placing)
         for node_id in list(self._links):
             self.close_link(node_id)
         async with self._routes_changed:
             self._routes_changed.notify_all()
-
-
-def _words(command: Command) -> str:
-    if isinstance(command, SendLoad):
-        return f"load {command.spec.adapter} revision {command.spec.revision[:12]}"
-    return f"drop {command.adapter} revision {command.revision[:12]}"

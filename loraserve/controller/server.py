@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from loraserve.checkpoint.durable_store import DurableStore
 from loraserve.controller.adapter_servicer import AdapterServicer
-from loraserve.controller.admission import Admission, Inspector, inspect_packed
+from loraserve.controller.admission import Admission, PackedCheck, UploadCheck
 from loraserve.controller.controller_servicer import ControllerServicer
 from loraserve.controller.metrics import ControllerMetrics
 from loraserve.controller.registry import AdapterRegistry
@@ -58,7 +58,7 @@ class ControllerOptions:
     policy: str = DEFAULT_POLICY
     settings: Settings = field(default_factory=Settings)
     load: LoadModel = field(default_factory=default_load_model)
-    inspector: Inspector = inspect_packed
+    new_check: Callable[[], UploadCheck] = PackedCheck
 
 
 def _check_load(load: LoadModel) -> None:
@@ -110,11 +110,17 @@ class ControllerServer:
         self._ticking: asyncio.Task[None] | None = None
         try:
             self._admission = self._clean(options)
-            self.runtime = Runtime.start(self._store, options.settings, policy, options.load)
+            records = self._store.adapters()
+            self.runtime = Runtime.start(
+                self._store, records, options.settings, policy, options.load
+            )
         except BaseException:
             self._store.close()
             raise
-        self.metrics.observe(self.runtime)
+        self.metrics.observe(self.runtime, options.load)
+        self._registry = AdapterRegistry(
+            self.runtime, records, self._blobs, lambda: time.time_ns() // 1000
+        )
         self._gate = gate
         self.address = ""
         self.metrics_address = ""
@@ -123,7 +129,7 @@ class ControllerServer:
         """Admission, and away with what a controller that was killed left half written."""
         try:
             self._blobs.remove_staged()
-            return Admission(options.data_dir / "staging", options.inspector)
+            return Admission(options.data_dir / "staging", options.new_check)
         except OSError as error:
             raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
 
@@ -134,9 +140,9 @@ class ControllerServer:
         self._server = grpc.aio.server(
             interceptors=[self._gate, _RequestCounter(self.metrics)], options=SERVER_OPTIONS
         )
-        registry = AdapterRegistry(self.runtime, self._blobs, lambda: time.time_ns() // 1000)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterServicer(self.runtime, registry, self._admission, self._blobs), self._server
+            AdapterServicer(self.runtime, self._registry, self._admission, self._blobs),
+            self._server,
         )
         costs = None
         if routed_by_rank(options.policy):

@@ -24,6 +24,9 @@ class Settings:
     settle_ticks: int = 5
     # A load that finds a node full waits so long for drops there, then the node is asked anyway.
     room_ticks: int = 10
+    # A placement that is computed elsewhere is given up after so long, and asked for again. The
+    # next one gets twice the time.
+    answer_ticks: int = 30
     replicas: int = 1
     # Bytes that may be loaded in a placement interval for adapters that are served already; what
     # nothing serves never waits. None is no limit.
@@ -38,7 +41,7 @@ class Settings:
     burst_times: float = 4.0
     burst_nodes: float = 0.2
     # All adapters of a rank together are one earlier, as chance evens out among them.
-    surge_times: float = 1.5
-    surge_nodes: float = 0.25
+    surge_times: float = 1.25
+    surge_nodes: float = 0.15
     # Requests that wait on a node take from what it can do in the next interval; up to this part.
     most_strain: float = 0.5

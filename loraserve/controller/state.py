@@ -22,7 +22,6 @@ from loraserve.controller.events import (
     AskRegister,
     AskResidency,
     ComputePlacement,
-    Copy,
     Effect,
     Event,
     Heartbeat,
@@ -31,6 +30,7 @@ from loraserve.controller.events import (
     NodeRecord,
     NodeRegistered,
     PlacementComputed,
+    PlacementFailed,
     PublishRoutes,
     SavePlacement,
     TellOperator,
@@ -39,16 +39,17 @@ from loraserve.controller.events import (
 from loraserve.controller.failures import LoadFailures
 from loraserve.controller.membership import CopyKey, Heard, Membership, Node
 from loraserve.controller.moves import Moves
+from loraserve.controller.peers import READ_MEMORY_TICKS, PeerChoice
 from loraserve.controller.placing import PlacementAnswer, solve
 from loraserve.controller.planner import Cluster, Planner
 from loraserve.controller.reports import Reports
 from loraserve.controller.residency import Residency
-from loraserve.controller.routes import NodeRoute, RouteTable, RouteWriter
+from loraserve.controller.routes import NodeRoute, RouteWriter
 from loraserve.controller.settings import Settings as Settings
-from loraserve.controller.targets import NOWHERE, Target, target
+from loraserve.controller.targets import NOWHERE, target
 from loraserve.controller.timers import Timers
+from loraserve.controller.view import StateView
 from loraserve.errors import FailedPreconditionError
-from loraserve.placement.autoscale import WantedNodes
 from loraserve.placement.load import LoadModel, default_load_model
 from loraserve.placement.types import (
     AdapterId,
@@ -62,7 +63,7 @@ from loraserve.placement.types import (
 FAILURE_MEMORY_INTERVALS = 10
 
 
-class ControllerState:
+class ControllerState(StateView):
     """One epoch of the controller. `step` is the only way in; what it raises changed nothing."""
 
     def __init__(
@@ -93,8 +94,10 @@ class ControllerState:
         self._profile_base = load.profile.base
         self._planner = Planner(settings, policy, load, self._catalog)
         self._targets = self._planner.targets
+        self._peers = PeerChoice(self._members)
         self._moves = Moves(
-            settings, self._catalog, self._members, self._targets, self._failures, self._timers
+            *(settings, self._catalog, self._members, self._targets, self._failures),
+            *(self._timers, self._peers),
         )
         self._choice = RouteChoice(self._catalog, self._members, self._planner, self._failures)
         self._writer = RouteWriter(epoch)
@@ -107,73 +110,6 @@ class ControllerState:
         self._dirty = set(self._catalog)
         self._dirty_nodes: set[str] = set()
         self._unsaved: set[AdapterId] = set()
-
-    # What the shell may read
-
-    @property
-    def routes(self) -> RouteTable:
-        return self._writer.table
-
-    @property
-    def epoch(self) -> int:
-        return self.routes.epoch
-
-    @property
-    def nodes(self) -> Mapping[str, Node]:
-        return self._members.nodes
-
-    @property
-    def unrouted(self) -> int:
-        """Adapters that no node serves."""
-        return self._writer.unrouted
-
-    @property
-    def wanted(self) -> Mapping[str, WantedNodes]:
-        """By base model: how many nodes the demand wants, and why."""
-        return self._planner.wanted
-
-    @property
-    def utilisation(self) -> Mapping[str, float]:
-        """By node, as placement predicted it last."""
-        return self._planner.utilisation
-
-    @property
-    def ignored(self) -> Mapping[str, int]:
-        """What nodes reported and could not be true, by reason."""
-        return self._reports.ignored
-
-    @property
-    def placements(self) -> int:
-        return self._planner.placements
-
-    @property
-    def moved_bytes(self) -> int:
-        """Asked for in this placement interval."""
-        return self._moves.spent_bytes
-
-    def wanted_on(self, node_id: str) -> int:
-        """Adapters that placement wants on the node."""
-        return len(self._targets.on_node(node_id))
-
-    def target(self, adapter: AdapterId) -> Target:
-        return self._targets[adapter]
-
-    def history(self, adapter: AdapterId) -> tuple[AdapterSpec, ...]:
-        return self._catalog.history(adapter)
-
-    def current(self, adapter: AdapterId) -> AdapterSpec | None:
-        return self._catalog.current(adapter)
-
-    def revision(self, adapter: AdapterId, revision: str) -> AdapterSpec | None:
-        """The revision of the name, current or earlier."""
-        return self._catalog.revision(adapter, revision)
-
-    def copies(self, adapter: AdapterId) -> list[tuple[str, Copy]]:
-        """(node id, copy) of every copy of the current revision, by node id."""
-        spec = self.current(adapter)
-        key = (adapter, spec.revision if spec else "")
-        holders = self._members.holders(adapter)
-        return [(n.record.node_id, n.copies[key]) for n in holders if key in n.copies]
 
     # Events
 
@@ -213,6 +149,9 @@ class ControllerState:
                 effects += self._advance()
             case PlacementComputed(answer):
                 effects += self._adopt(answer)
+            case PlacementFailed(question, why):
+                placing = self._planner.fail(question, why, self._tick)
+                effects += _told(placing.trouble)
         return effects + self._reconcile()
 
     def _register(self, record: NodeRecord, heard_epoch: int) -> None:
@@ -274,6 +213,7 @@ class ControllerState:
             self._dirty.update(key[0] for key in node.cramped)
         for key, was in heard.changed.items():
             copy = node.copies.get(key)
+            self._peers.reported(beat.node_id, key, copy)
             if copy is None or (was is not None and was.state is copy.state):
                 continue
             if copy.state is Residency.FAILED:
@@ -287,6 +227,7 @@ class ControllerState:
 
     def _fail(self, node: Node, key: CopyKey, why: str) -> None:
         node.forget_load(key)
+        self._peers.end(node.record.node_id, key)
         self._dirty.add(key[0])
         if key[0] in self._catalog and self._failures.record(
             node.record.node_id, key, why, self._tick
@@ -295,6 +236,7 @@ class ControllerState:
 
     def _advance(self) -> list[Effect]:
         self._tick += 1
+        self._peers.forget_before(self._tick - READ_MEMORY_TICKS)
         settings = self._settings
         for node in self._members.fall_quiet(self._tick, settings.quiet_ticks):
             self._dirty |= node.revisions.keys()
@@ -311,7 +253,8 @@ class ControllerState:
             oldest = self._tick - FAILURE_MEMORY_INTERVALS * interval
             self._dirty |= self._failures.forget_before(oldest) | self._moves.new_interval()
         self._planner.tick(self._tick, bool(self._strain()))
-        return [NodeLost(n.record.node_id, n.record.incarnation) for n in lost]
+        overdue = self._planner.give_up_overdue(self._tick)
+        return [*(NodeLost(n.record.node_id, n.record.incarnation) for n in lost), *_told(overdue)]
 
     # Placement
 
@@ -345,13 +288,6 @@ class ControllerState:
         if self._planner.settle_one(spec, self._usable(), forbidden):
             self._unsaved.add(spec.adapter)
 
-    @property
-    def settling(self) -> bool:
-        """Whether the stored placement still waits for its nodes."""
-        if self._tick >= self._settings.settle_ticks:
-            return False
-        return any(n not in self.nodes or not self.nodes[n].reported for n in self._awaited)
-
     def _place(self) -> list[Effect]:
         held = {}
         if len(self._targets.all) < len(self._catalog):
@@ -372,12 +308,17 @@ class ControllerState:
 
     def _adopt(self, answer: PlacementAnswer) -> list[Effect]:
         before = dict(self.wanted)
-        placing = self._planner.adopt(
-            answer, self._usable(), self._failures.forbidden(), self._tick
-        )
+        try:
+            placing = self._planner.adopt(
+                answer, self._usable(), self._failures.forbidden(), self._tick
+            )
+        except Exception:
+            # Whatever it had taken over by then is looked at all the same.
+            self._dirty |= set(self._catalog)
+            raise
         self._dirty |= placing.moved | placing.explained
         self._unsaved |= placing.moved
-        told: list[Effect] = [TellOperator(placing.trouble, True)] if placing.trouble else []
+        told = _told(placing.trouble)
         for base, wanted in self.wanted.items():
             if base not in before or before[base].nodes != wanted.nodes:
                 told.append(TellOperator(f"base {base!r}: {wanted.reason}"))
@@ -424,3 +365,7 @@ class ControllerState:
         }
         delta = self._writer.write({a: self._choice.route(a) for a in dirty}, changes)
         return [PublishRoutes(self.routes.version, delta)] if delta else []
+
+
+def _told(trouble: str) -> list[Effect]:
+    return [TellOperator(trouble, True)] if trouble else []

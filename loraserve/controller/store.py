@@ -8,8 +8,6 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -192,12 +190,23 @@ class SqliteStore:
             "FROM adapters JOIN revisions USING (tenant, base, name) "
             "ORDER BY tenant, base, name, age"
         )
-        records = []
-        for (*names, created, updated), of_one in groupby(rows, key=itemgetter(0, 1, 2, 3, 4)):
-            adapter = AdapterId(*names)
-            history = tuple(AdapterSpec(adapter, *row[5:]) for row in of_one)
-            records.append(AdapterRecord(history, created, updated))
-        return records
+        # A start waits for this: tenants and bases, which are few, are one string each, so that
+        # what is made of them is compared quickly.
+        one: dict[str, str] = {}
+        same = one.setdefault
+        histories: dict[AdapterId, list[AdapterSpec]] = {}
+        times: list[tuple[int, int]] = []
+        last: AdapterId | None = None
+        for tenant, base, name, created, updated, *revision in rows:
+            adapter = AdapterId(same(tenant, tenant), same(base, base), name)
+            if adapter != last:
+                last, histories[adapter] = adapter, []
+                times.append((created, updated))
+            histories[last].append(AdapterSpec(last, *revision))
+        return [
+            AdapterRecord(tuple(history), created, updated)
+            for history, (created, updated) in zip(histories.values(), times, strict=True)
+        ]
 
     def put_adapter(self, record: AdapterRecord) -> None:
         key = _key(record.adapter)
@@ -226,12 +235,15 @@ class SqliteStore:
 
     def placement(self) -> dict[AdapterId, Placed]:
         placed: dict[AdapterId, dict[str, float]] = {}
-        for tenant, base, name, node, share in self._read(
+        rows: list[Any] = self._read(
             "SELECT tenant, base, name, node_id, share FROM placement "
             "ORDER BY tenant, base, name, node_id"
-        ):
-            adapter = AdapterId(str(tenant), str(base), str(name))
-            placed.setdefault(adapter, {})[str(node)] = float(str(share))
+        )
+        one: dict[str, str] = {}
+        same = one.setdefault
+        for tenant, base, name, node, share in rows:
+            adapter = AdapterId(same(tenant, tenant), same(base, base), name)
+            placed.setdefault(adapter, {})[same(node, node)] = share
         return dict(placed)
 
     def save_placement(

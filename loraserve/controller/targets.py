@@ -1,14 +1,13 @@
 """Where placement wants the adapters to be: by adapter, by node, and the bytes that it promised."""
 
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from loraserve.controller.routes import WHOLE_WEIGHT
 from loraserve.placement.types import AdapterId
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Nodes by id, and which part of the adapter's requests each is to get."""
 
     nodes: tuple[str, ...] = ()
@@ -31,6 +30,8 @@ NOWHERE = Target()
 
 def target(nodes: tuple[str, ...], shares: tuple[float, ...] = ()) -> Target:
     """Equal shares where none are given."""
+    if len(nodes) == 1:
+        return Target(nodes, shares if len(shares) == 1 else (1.0,))
     if len(shares) != len(nodes):
         shares = (1 / max(1, len(nodes)),) * len(nodes)
     order = sorted(zip(nodes, shares, strict=True))

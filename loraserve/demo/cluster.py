@@ -15,6 +15,8 @@ from loraserve.errors import DeadlineExceededError, UnavailableError
 
 # Of a log, where a daemon has died.
 _LAST_LINES = 12
+# Of each node; the demo's adapters take an eighth of it.
+_HOST_POOL_BYTES = 64 << 20
 
 
 @dataclass
@@ -48,19 +50,24 @@ class Cluster:
         base: str = MODEL_NAME,
         controller_options: Sequence[str] = (),
         node_options: Sequence[str] = (),
+        gateway_options: Sequence[str] | None = None,
     ) -> None:
+        """`gateway_options`: None for a cluster without a gateway."""
         self._directory = directory
         self._model = model
         self._base = base
         self._count = nodes
         self._controller_options = tuple(controller_options)
         self._node_options = tuple(node_options)
+        self._gateway_options = gateway_options
         self.controller: Daemon | None = None
+        self.gateway: Daemon | None = None
         self.nodes: dict[str, Daemon] = {}
 
     @property
     def daemons(self) -> list[Daemon]:
-        return [d for d in (self.controller, *self.nodes.values()) if d is not None]
+        every = (self.controller, *self.nodes.values(), self.gateway)
+        return [d for d in every if d is not None]
 
     @property
     def address(self) -> str:
@@ -121,18 +128,31 @@ class Cluster:
         await self._ready(self.controller)
         return self.controller
 
-    def spawn_node(self, name: str) -> Daemon:
-        """Starts a node without waiting for it; `ready` does."""
+    def spawn_node(self, name: str, options: Sequence[str] = ()) -> Daemon:
+        """Starts a node without waiting for it; `ready` does. `options` come last."""
         self.nodes[name] = self._spawn(
             name,
             "loraserve.node.main",
             [
                 *("--model", str(self._model), "--base", self._base, "--node-id", name),
                 *("--controller", self.address, "--store", str(self._directory / "data/adapters")),
-                *self._node_options,
+                *("--host-pool-bytes", str(_HOST_POOL_BYTES), *self._node_options, *options),
             ],
         )
         return self.nodes[name]
+
+    async def start_gateway(self, options: Sequence[str] = ()) -> Daemon:
+        """Later options win."""
+        self.gateway = self._spawn(
+            "gateway",
+            "loraserve.gateway.main",
+            [
+                *("--controller", self.address, "--base", self._base),
+                *("--tokenizer", str(self._model), *options),
+            ],
+        )
+        await self._ready(self.gateway)
+        return self.gateway
 
     async def ready(self, *daemons: Daemon) -> None:
         await asyncio.gather(*map(self._ready, daemons))
@@ -141,16 +161,20 @@ class Cluster:
         try:
             await self.start_controller()
             await self.ready(*[self.spawn_node(f"node-{i}") for i in range(1, self._count + 1)])
+            if self._gateway_options is not None:
+                await self.start_gateway(self._gateway_options)
         except BaseException:
             await self.stop()
             raise
         return self
 
     async def stop(self) -> dict[str, int]:
-        """Nodes first, so that the controller hears them go; exit codes by name. Kills what does
-        not end in time."""
+        """The gateway first, which lets its requests end, then nodes, so that the controller hears
+        them go; exit codes by name. Kills what does not end in time."""
         codes = {}
-        for group in (list(self.nodes.values()), [self.controller] if self.controller else []):
+        front = [self.gateway] if self.gateway else []
+        lead = [self.controller] if self.controller else []
+        for group in (front, list(self.nodes.values()), lead):
             for daemon in group:
                 daemon.process.terminate()
             for daemon in group:

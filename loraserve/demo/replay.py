@@ -72,14 +72,16 @@ async def replay(
     arrivals: Sequence[Arrival],
     progress: Progress,
     adapter_of: Callable[[Arrival], str | None] = lambda arrival: arrival.skill.name,
+    burst_client: AsyncClient | None = None,
 ) -> None:
-    """Fills `progress`; returns when the last request has ended."""
+    """Fills `progress`; returns when the last request has ended. `burst_client` sends the burst."""
     progress.started_s = time.monotonic()
     tasks = set()
     for arrival in arrivals:
         wait_s = progress.started_s + arrival.at_s - time.monotonic()
         await asyncio.sleep(max(0.0, wait_s))
-        task = asyncio.create_task(_ask(client, arrival, adapter_of(arrival), progress))
+        sender = burst_client if burst_client and arrival.in_burst else client
+        task = asyncio.create_task(_ask(sender, arrival, adapter_of(arrival), progress))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)

@@ -4,7 +4,10 @@ minute of requests, every answer checked."""
 import asyncio
 import contextlib
 import json
+import re
 import tempfile
+import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ from loraserve.errors import AlreadyExistsError, InvalidArgumentError
 _FRAME_S = 0.5
 # Between progress lines, where there is no terminal to redraw.
 _LINE_S = 10.0
+_PEER_READS = r'^loraserve_peer_reads_total{transport="(\w+)"} (\S+)$'
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,10 @@ async def _admit(client: AsyncClient, name: str) -> AdapterInfo:
 
 
 @contextlib.asynccontextmanager
-async def _running(options: DemoOptions, console: Console) -> AsyncIterator[AsyncClient]:
-    """A cluster that serves all skills, and a client of it."""
+async def _running(
+    options: DemoOptions, console: Console
+) -> AsyncIterator[tuple[Cluster, AsyncClient]]:
+    """A cluster that serves all skills, each on one node, and a client of it."""
     with contextlib.ExitStack() as stack:
         directory = options.directory or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="loraserve-demo-"))
@@ -62,7 +68,12 @@ async def _running(options: DemoOptions, console: Console) -> AsyncIterator[Asyn
             raise InvalidArgumentError("directory", f"{directory}: {error.strerror}") from None
         console.print(f"starting a controller and {options.nodes} nodes; logs in {directory}")
         threads = str(threads_per_node(options.nodes))
-        cluster = Cluster(directory, options.nodes, node_options=["--threads", threads])
+        cluster = Cluster(
+            directory,
+            options.nodes,
+            controller_options=["--replicas", "1"],
+            node_options=["--threads", threads],
+        )
         async with cluster, AsyncClient(cluster.address) as client:
             for daemon in cluster.daemons:
                 console.print(
@@ -77,7 +88,7 @@ async def _running(options: DemoOptions, console: Console) -> AsyncIterator[Asyn
                     f"{skill.description}"
                 )
             await client.wait_routable([skill.name for skill in SKILLS])
-            yield client
+            yield cluster, client
         console.print("the daemons have stopped")
 
 
@@ -105,23 +116,41 @@ async def _watched(
             screen.update("", refresh=True)
 
 
+def _peer_reads(cluster: Cluster) -> Counter[str]:
+    """By transport, as the nodes' metrics say."""
+    found: Counter[str] = Counter()
+    for node in cluster.nodes.values():
+        with urllib.request.urlopen(f"http://{node.metrics}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        for transport, count in re.findall(_PEER_READS, text, re.MULTILINE):
+            found[transport] += round(float(count))
+    return found
+
+
 async def run(options: DemoOptions, console: Console) -> Tally:
     """The whole demo. Raises LoraServeError where the cluster cannot start."""
     due = arrivals(options.seconds, options.rate_per_s, options.burst, seed=options.seed)
     progress = Progress(len(due))
-    async with _running(options, console) as client:
+    async with contextlib.AsyncExitStack() as stack:
+        cluster, client = await stack.enter_async_context(_running(options, console))
+        # Half of what it sends comes to a node that has to read the adapter from another one.
+        stranger = await stack.enter_async_context(
+            AsyncClient(nodes=[node.address for node in cluster.nodes.values()])
+        )
         console.print(
             f"{len(due)} requests in {options.seconds:g} s: Poisson arrivals, power-law popularity "
-            f"of adapters, and {options.burst} requests at once in the middle"
+            f"of adapters, and {options.burst} requests at once in the middle, from a client "
+            "without routes"
         )
         watching = asyncio.create_task(_watched(client, progress, options, console))
         try:
-            await replay(client, due, progress)
+            await replay(client, due, progress, burst_client=stranger)
             seconds = progress.elapsed_s
         finally:
             watching.cancel()
             await asyncio.wait({watching})
         holders = view.holders(client.routes)
+        peer_reads = await asyncio.to_thread(_peer_reads, cluster)
     result = tally(
         progress.outcomes,
         len(due),
@@ -129,6 +158,7 @@ async def run(options: DemoOptions, console: Console) -> Tally:
         progress.most_in_flight,
         progress.most_adapters,
         holders,
+        peer_reads,
     )
     console.print(view.summary(result, console.width))
     if options.as_json:

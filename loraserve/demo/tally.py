@@ -65,6 +65,8 @@ class Tally:
     most_in_flight: int
     most_adapters: int
     holders: Mapping[str, Sequence[str]]
+    peer_reads: Mapping[str, int]
+    """Adapters that nodes read from each other, by transport."""
 
     @property
     def passed(self) -> bool:
@@ -90,6 +92,7 @@ class Tally:
             "most_adapters_in_flight": self.most_adapters,
             "by_rank": {str(rank): row.to_json() for rank, row in self.rows.items()},
             "all": self.whole.to_json(),
+            "peer_reads": dict(self.peer_reads),
             "nodes": {node: list(names) for node, names in self.holders.items()},
         }
 
@@ -101,6 +104,7 @@ def tally(
     most_in_flight: int,
     most_adapters: int,
     holders: Mapping[str, Iterable[str]],
+    peer_reads: Mapping[str, int],
 ) -> Tally:
     """`expected`: requests that were to be made; those without an outcome are lost."""
     ranks = sorted({o.arrival.skill.rank for o in outcomes})
@@ -116,4 +120,5 @@ def tally(
         most_in_flight=most_in_flight,
         most_adapters=most_adapters,
         holders={node: tuple(sorted(names)) for node, names in sorted(holders.items())},
+        peer_reads=dict(sorted(peer_reads.items())),
     )

@@ -112,6 +112,16 @@ def live(progress: Progress, seconds: float, routes: RouteTable, width: int) -> 
     )
 
 
+# The transports of PeerSource, for people.
+_TRANSPORTS = {"ucx": "one-sided by UCX", "grpc": "as streams over gRPC"}
+
+
+def _between_nodes(reads: Mapping[str, int]) -> str:
+    ways = [f"{count} {_TRANSPORTS.get(name, name)}" for name, count in reads.items() if count]
+    total = sum(reads.values())
+    return f"nodes read {total} adapters from each other" + (f": {', '.join(ways)}" * bool(ways))
+
+
 def summary(result: Tally, width: int) -> RenderableType:
     """The end of the demo."""
     verdict = Text(
@@ -125,6 +135,7 @@ def summary(result: Tally, width: int) -> RenderableType:
     lines: list[RenderableType] = [
         rank_table(result.rows, result.whole, width),
         holders_panels(result.holders),
+        Text(_between_nodes(result.peer_reads)),
         Text.assemble(verdict, ": ", facts),
     ]
     lines += [Text(f"error: {error}", "red") for error in result.errors]

@@ -11,11 +11,13 @@ _WORDS = 600
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: `at_s` seconds after the start somebody asks for `word` with this skill."""
+    """One request: `at_s` seconds after the start somebody asks for `word` with this skill.
+    `in_burst`: many others do so at the same moment."""
 
     at_s: float
     skill: Skill
     word: str
+    in_burst: bool = False
 
 
 def popularity(count: int, exponent: float) -> list[float]:
@@ -36,11 +38,12 @@ def arrivals(
     rng.shuffle(skills)
     shares = popularity(len(skills), exponent)
     words = held_out_words(_WORDS, seed)
-    times = [seconds / 2] * burst
+    times = [(seconds / 2, True)] * burst
     at_s = rng.expovariate(rate_per_s)
     while at_s < seconds:
-        times.append(at_s)
+        times.append((at_s, False))
         at_s += rng.expovariate(rate_per_s)
     return [
-        Arrival(at_s, rng.choices(skills, shares)[0], rng.choice(words)) for at_s in sorted(times)
+        Arrival(at_s, rng.choices(skills, shares)[0], rng.choice(words), in_burst)
+        for at_s, in_burst in sorted(times)
     ]

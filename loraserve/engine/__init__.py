@@ -3,7 +3,8 @@
 from loraserve.engine.adapters import LoadedAdapter
 from loraserve.engine.assembly import Chunk, Completion
 from loraserve.engine.config import EngineConfig
-from loraserve.engine.core import Engine, RequestHandle
+from loraserve.engine.core import Engine
+from loraserve.engine.request_handle import RequestHandle
 from loraserve.engine.stats import EngineStats
 
 __all__ = [

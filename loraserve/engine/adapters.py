@@ -76,6 +76,8 @@ class AdapterTable:
         self._lock = threading.Lock()
         self._loads: dict[str, LoadedAdapter] = {}
         self._draining: dict[int, threading.Event] = {}
+        # By name, what `unload` was told to wait for and is not gone yet.
+        self._leaving: dict[str, threading.Event] = {}
         self._installed: set[int] = set()
         self._ids = itertools.count(1)
 
@@ -117,6 +119,7 @@ class AdapterTable:
             )
             with self._lock:
                 self._loads[name] = load
+                self._leaving.pop(name, None)  # the name means the new one
             self._log_dtype(name, adapter)
             if known is not None:
                 self._drain(known)
@@ -145,17 +148,32 @@ class AdapterTable:
         return drained
 
     def unload(self, name: str, timeout_s: float | None) -> None:
-        """New requests are refused at once; returns when the last running one has ended."""
+        """New requests are refused at once; returns when the last running one has ended. After
+        DeadlineExceededError it can be called again, to wait on."""
         with self._changes:
             with self._lock:
                 load = self._loads.pop(name, None)
-            if load is None:
-                raise NotFoundError("adapter", f"{name!r} is not loaded")
-            drained = self._drain(load)
-        if not drained.wait(timeout_s):
+                drained = self._leaving.get(name) if load is None else None
+            if load is not None:
+                drained = self._drain(load)
+        if drained is None:
+            raise NotFoundError("adapter", f"{name!r} is not loaded")
+        gone = drained.wait(timeout_s)
+        with self._lock:
+            if not gone:
+                self._leaving[name] = drained
+            elif self._leaving.get(name) is drained:
+                del self._leaving[name]
+        if not gone:
             raise DeadlineExceededError(
                 "timeout_s", f"{name!r} is still in use; it goes on draining"
             )
+
+    def prefetch(self, name: str) -> None:
+        """A hint: the engine may bring it into pages."""
+        with self.using(name) as load:
+            if load is not None:
+                self._engine.prefetch(load.engine_id)
 
     def installs(self, changes: list[tuple[int, bool]]) -> None:
         """The engine wrote adapters into pages, or took them out."""

@@ -39,7 +39,7 @@ def typed_error(code: str, message: str) -> LoraServeError:
     return _BY_CODE.get(code, LoraServeError)(field_name, text or message)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RawOutput:
     """New tokens of one request as the engine gave them. `error` ends the request."""
 
@@ -48,13 +48,30 @@ class RawOutput:
     logprobs: list[float]
     top_logprobs: list[dict[int, float]]
     prompt_logprobs: list[float]
+    prompt_top_logprobs: list[dict[int, float]]
     cached_tokens: int
     queue_s: float
     finish_reason: str
     error: LoraServeError | None
 
+    def joined(self, later: "RawOutput") -> "RawOutput":
+        """This output and the next one of the same request as one. Neither is an error, and this
+        one does not end the request."""
+        return RawOutput(
+            first_index=self.first_index,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+            top_logprobs=self.top_logprobs + later.top_logprobs,
+            prompt_logprobs=self.prompt_logprobs + later.prompt_logprobs,
+            prompt_top_logprobs=self.prompt_top_logprobs + later.prompt_top_logprobs,
+            cached_tokens=self.cached_tokens,
+            queue_s=self.queue_s,
+            finish_reason=later.finish_reason,
+            error=None,
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True)
 class Chunk:
     """A piece of an answer. `first_index` counts generated tokens from 0."""
 
@@ -69,6 +86,8 @@ class Chunk:
     stop_reason: str | int | None
     """The stop string or stop token id that ended the answer."""
     prompt_logprobs: list[float | None] | None
+    """In the first chunk, if asked for; None of the first token, which nothing comes before."""
+    prompt_top_logprobs: list[dict[int, float] | None] | None
     cached_tokens: int
     queue_s: float
     """In the first chunk: seconds from submission to the first step that ran the request."""
@@ -86,6 +105,8 @@ class Completion:
     finish_reason: str = ""
     stop_reason: str | int | None = None
     prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
+    """The likeliest tokens at each of its positions, as many as `logprobs` asks for."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     queue_s: float = 0.0
@@ -165,6 +186,7 @@ class Assembler:
             if matched is not None:
                 self.matched = True
                 finish, stop_reason = "stop", matched
+        told = self._params.prompt_logprobs and raw.first_index == 0
         return Chunk(
             first_index=raw.first_index,
             token_ids=raw.token_ids[:taken],
@@ -173,10 +195,9 @@ class Assembler:
             top_logprobs=raw.top_logprobs[:taken],
             finish_reason=finish,
             stop_reason=stop_reason,
-            prompt_logprobs=(
-                [None, *raw.prompt_logprobs]
-                if self._params.prompt_logprobs and raw.first_index == 0
-                else None
+            prompt_logprobs=[None, *raw.prompt_logprobs] if told else None,
+            prompt_top_logprobs=(
+                [None, *raw.prompt_top_logprobs] if told and self._params.logprobs else None
             ),
             cached_tokens=raw.cached_tokens,
             queue_s=raw.queue_s,

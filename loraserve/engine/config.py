@@ -32,6 +32,8 @@ class EngineConfig:
     max_step_adapter_bytes: int = 0
     """Distinct adapter bytes that one step may touch; 0: no limit."""
     prefix_cache: bool = True
+    prefetch: bool = True
+    """Write adapters into pages when they are loaded, while pages are free."""
     record_steps: bool = False
     """Keep a record of every step, for `Engine.take_step_records`."""
     threads: int = 0

@@ -8,114 +8,26 @@ from types import TracebackType
 from typing import Any
 
 from loraserve import _engine
+from loraserve.background import run_in_background
 from loraserve.checkpoint.model_config import read_model_config
 from loraserve.checkpoint.model_weights import open_model_weights
 from loraserve.engine import arguments
 from loraserve.engine.adapters import AdapterInput, AdapterTable, LoadedAdapter, read_adapter
 from loraserve.engine.assembly import Assembler, Chunk, Completion, typed_error
 from loraserve.engine.config import EngineConfig
-from loraserve.engine.delivery import Delivery, Mailbox
+from loraserve.engine.delivery import Delivery, Mailbox, Receiver, StepSink
 from loraserve.engine.loading import engine_model_config, engine_weights, weight_dtype
 from loraserve.engine.native import assign, native_config, native_params
+from loraserve.engine.request_handle import RequestHandle, Submitted, SunkRequest
 from loraserve.engine.stats import EngineStats, StepRecord, snapshot, step_record
 from loraserve.errors import (
     AlreadyExistsError,
-    DeadlineExceededError,
     InvalidArgumentError,
-    LoraServeError,
 )
 from loraserve.sampling_params import SamplingParams
 from loraserve.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-
-
-class RequestHandle:
-    """A submitted request. Read by one thread or coroutine at a time."""
-
-    def __init__(
-        self,
-        engine: "Engine",
-        engine_id: int,
-        request_id: str,
-        mailbox: Mailbox,
-        assembler: Assembler,
-        adapter: LoadedAdapter | None,
-        prompt_tokens: int,
-    ) -> None:
-        self._engine = engine
-        self._engine_id = engine_id
-        self._mailbox = mailbox
-        self._assembler = assembler
-        self._prompt_tokens = prompt_tokens
-        self._chunks: list[Chunk] = []
-        self._error: LoraServeError | None = None
-        self._done = False
-        self.request_id = request_id
-        self.revision = adapter.revision if adapter else None
-
-    def abort(self) -> None:
-        """Ends the request; what was generated so far stays, with finish_reason "cancelled"."""
-        self._engine._abort(self._engine_id)
-
-    def _end(self) -> None:
-        self._done = True
-        self._engine._ended(self._engine_id, self.request_id)
-
-    def _take(self, raw: Any) -> Chunk:
-        try:
-            chunk = self._assembler.push(raw)
-        except LoraServeError as error:
-            self._error = error
-            self._end()
-            raise
-        if chunk.finish_reason is not None:
-            self._end()
-        if self._assembler.matched:
-            self.abort()
-        self._chunks.append(chunk)
-        return chunk
-
-    def result(self, timeout_s: float | None = None) -> Completion:
-        """The whole answer. Raises the request's error, or DeadlineExceededError if it takes more
-        than `timeout_s` for the next token; the request itself then goes on."""
-        if self._error is not None:
-            raise self._error
-        while not self._done:
-            raw = self._mailbox.get(timeout_s)
-            if raw is None:
-                raise DeadlineExceededError("timeout_s", f"no output within {timeout_s} s")
-            self._take(raw)
-        return self._completion()
-
-    async def chunks(self) -> AsyncIterator[Chunk]:
-        """The answer as it comes. Leaving the loop early aborts the request."""
-        try:
-            while not self._done:
-                yield self._take(await self._mailbox.aget())
-        finally:
-            if not self._done:
-                self.abort()
-                self._end()
-
-    def _completion(self) -> Completion:
-        chunks = self._chunks
-        last = chunks[-1]
-        texts = [chunk.text for chunk in chunks if chunk.text is not None]
-        tops = [top for chunk in chunks for top in chunk.top_logprobs]
-        return Completion(
-            token_ids=[token for chunk in chunks for token in chunk.token_ids],
-            text="".join(texts) if texts else None,
-            logprobs=[value for chunk in chunks for value in chunk.logprobs],
-            top_logprobs=tops or None,
-            finish_reason=last.finish_reason or "",
-            stop_reason=last.stop_reason,
-            prompt_logprobs=chunks[0].prompt_logprobs,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=chunks[0].cached_tokens,
-            queue_s=chunks[0].queue_s,
-            revision=self.revision,
-        )
 
 
 class Engine:
@@ -172,7 +84,7 @@ class Engine:
         """
         arguments.text("adapter", name)
         with arguments.reading("adapter"):
-            adapter = read_adapter(source, config)
+            adapter = run_in_background(lambda: read_adapter(source, config))
         load = self._table.load(
             name, adapter, replace=replace, allow_base_mismatch=allow_base_mismatch
         )
@@ -182,6 +94,11 @@ class Engine:
         """Refuses new requests for `name` at once, returns when the running ones have ended."""
         self._table.unload(name, timeout_s)
 
+    def prefetch(self, name: str) -> None:
+        """A hint that requests for `name` are about to come: writes it into pages meanwhile, in the
+        place of what would be evicted next. Raises NotFoundError."""
+        self._table.prefetch(name)
+
     def adapters(self) -> list[LoadedAdapter]:
         """What is loaded, by name."""
         return self._table.loads()
@@ -190,6 +107,17 @@ class Engine:
         """Names of the adapters that are in pages now, ready for the next step; the others loaded
         are in host memory. A moment old."""
         return self._table.installed()
+
+    def register_host_memory(self, memory: memoryview) -> bool:
+        """Has the GPU lock writable `memory` in place and copy adapters in it directly, without a
+        copy by the host. False where the device has no use for it (the CPU). The engine keeps
+        `memory` from being unmapped. Slow: every page is faulted in. Raises ResourceExhaustedError
+        where so much cannot be locked, AlreadyExistsError for memory that overlaps an earlier one,
+        UnavailableError; then nothing changes, adapters are read as before."""
+        try:
+            return self._native.register_host_memory(memory)
+        except _engine.StatusError as error:
+            raise typed_error(*error.args) from None
 
     # Requests
 
@@ -213,11 +141,52 @@ class Engine:
         """
         params = params or SamplingParams()
         prompt_ids = self.encode(prompt)
-        timeout = arguments.seconds("timeout_s", timeout_s)
-        tenant = arguments.text("tenant", tenant)
-        adapter = None if adapter is None else arguments.text("adapter", adapter)
+        mailbox = Mailbox(loop)
+        engine_id, request_id = self._new_ids(request_id)
+        request, end_ids = self._request(engine_id, prompt_ids, params, priority, start_index)
+        resumed = max(0, min(start_index, len(prompt_ids)))
+        assembler = Assembler(params, prompt_ids, self.tokenizer, end_ids, resumed)
+        begun, load = self._begin(request, request_id, mailbox, adapter, tenant, timeout_s)
+        return RequestHandle(begun, request_id, mailbox, assembler, load)
+
+    def submit_to(
+        self,
+        sink: StepSink,
+        key: Any,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        adapter: str | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        timeout_s: float | None = None,
+        start_index: int = 0,
+    ) -> SunkRequest:
+        """As `submit`, for many requests of one reader: `sink` gets what each step brought to all
+        of them at once, each request under its `key`, as tokens without text. Stop strings are
+        refused (`stop`)."""
+        if params.stop:
+            raise InvalidArgumentError("stop", "needs text, of which a sink gets none")
+        engine_id, request_id = self._new_ids(request_id)
+        ids = self.encode(prompt_ids)
+        request, end_ids = self._request(engine_id, ids, params, priority, start_index)
+        begun, _ = self._begin(request, request_id, (sink, key), adapter, tenant, timeout_s)
+        return SunkRequest(begun, Assembler(params, ids, None, end_ids))
+
+    def _new_ids(self, request_id: str | None) -> tuple[int, str]:
         engine_id = next(self._ids)
-        request_id = arguments.text("request_id", request_id or f"request-{engine_id}")
+        return engine_id, arguments.text("request_id", request_id or f"request-{engine_id}")
+
+    def _request(
+        self,
+        engine_id: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        start_index: int,
+    ) -> "tuple[_engine.Request, frozenset[int]]":
+        """The C++ request, and all tokens that end it."""
         request = _engine.Request()
         request.id = engine_id
         assign(request, "priority", priority)
@@ -227,18 +196,30 @@ class Engine:
         request.prompt = prompt_ids
         assign(request, "resumed_tokens", start_index, "start_index")
         request.params = native_params(params, end_ids)
-        resumed = max(0, min(start_index, len(prompt_ids)))
-        assembler = Assembler(params, prompt_ids, self.tokenizer, end_ids, resumed)
-        mailbox = Mailbox(loop)
+        return request, end_ids
+
+    def _begin(
+        self,
+        request: "_engine.Request",
+        request_id: str,
+        receiver: Receiver,
+        adapter: str | None,
+        tenant: str,
+        timeout_s: float | None,
+    ) -> tuple[Submitted, LoadedAdapter | None]:
+        timeout = arguments.seconds("timeout_s", timeout_s)
+        tenant = arguments.text("tenant", tenant)
+        adapter = None if adapter is None else arguments.text("adapter", adapter)
         with self._lock:
             if request_id in self._live:
                 raise AlreadyExistsError("request_id", f"{request_id!r} is in use")
             self._live.add(request_id)
+        engine_id = request.id
         try:
             with self._table.using(adapter) as load:
                 request.adapter = load.engine_id if load else 0
                 request.cache_namespace = f"{tenant}\0{load.revision if load else ''}"
-                self._delivery.register(engine_id, mailbox)
+                self._delivery.register(engine_id, receiver)
                 self._native.submit(request, timeout)
         except _engine.StatusError as error:
             self._ended(engine_id, request_id)
@@ -246,7 +227,12 @@ class Engine:
         except BaseException:
             self._ended(engine_id, request_id)
             raise
-        return RequestHandle(self, engine_id, request_id, mailbox, assembler, load, len(prompt_ids))
+        begun = Submitted(
+            lambda: self._native.abort(engine_id),
+            lambda: self._ended(engine_id, request_id),
+            len(request.prompt),
+        )
+        return begun, load
 
     def generate(
         self,
@@ -307,9 +293,6 @@ class Engine:
                 raise InvalidArgumentError("prompt", "is text, but there is no tokenizer")
             return self.tokenizer.encode(prompt)
         return arguments.integers("prompt", prompt)
-
-    def _abort(self, engine_id: int) -> None:
-        self._native.abort(engine_id)
 
     def _ended(self, engine_id: int, request_id: str) -> None:
         self._delivery.forget(engine_id)

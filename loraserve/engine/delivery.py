@@ -6,7 +6,9 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 from loraserve import _engine
 from loraserve.engine.assembly import RawOutput, typed_error
@@ -43,12 +45,42 @@ class Mailbox:
             return self._items.popleft()
 
     async def aget(self) -> RawOutput:
-        """The next output."""
+        """What has come since the last call, as one output. A loop that cannot keep up with the
+        engine's steps so gets fewer and longer outputs instead of falling further behind."""
         assert self._event is not None
         while not self._items:
             self._event.clear()
             await self._event.wait()
-        return self._items.popleft()
+        items = self._items
+        output = items.popleft()
+        while items and output.error is None and items[0].error is None:
+            output = output.joined(items.popleft())
+        return output
+
+
+@dataclass(slots=True)
+class StepOutputs:
+    """What came for the requests of one sink. `others` come before `tokens`; a key may be in
+    `keys` more than once, where the steps came faster than they were taken."""
+
+    keys: list[Any] = field(default_factory=list)
+    """Of requests that got one further token and nothing else."""
+    tokens: list[int] = field(default_factory=list)
+    """As many."""
+    others: list[tuple[Any, RawOutput]] = field(default_factory=list)
+
+
+class StepSink(Protocol):
+    """Takes the outputs of many requests, all of a step at once."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+    def take(self, step: StepOutputs) -> None:
+        """On the loop."""
+
+
+Receiver = Mailbox | tuple[StepSink, Any]
+"""A sink comes with the key of the request."""
 
 
 def _raw(output: _engine.Output) -> RawOutput:
@@ -59,6 +91,7 @@ def _raw(output: _engine.Output) -> RawOutput:
         logprobs=output.logprobs,
         top_logprobs=[dict(top) for top in output.top_logprobs],
         prompt_logprobs=output.prompt_logprobs,
+        prompt_top_logprobs=[dict(top) for top in output.prompt_top_logprobs],
         cached_tokens=output.cached_tokens,
         queue_s=output.queue_seconds,
         finish_reason=reason,
@@ -66,8 +99,12 @@ def _raw(output: _engine.Output) -> RawOutput:
     )
 
 
+def _plain(index: int, token: int) -> RawOutput:
+    return RawOutput(index, [token], [], [], [], [], 0, 0.0, "", None)
+
+
 def _failed(error: LoraServeError) -> RawOutput:
-    return RawOutput(0, [], [], [], [], 0, 0.0, "error", error)
+    return RawOutput(0, [], [], [], [], [], 0, 0.0, "error", error)
 
 
 def _put_all(items: list[tuple[Mailbox, RawOutput]]) -> None:
@@ -93,7 +130,7 @@ class Delivery:
         self._on_installs = on_installs
         self._records: list[_engine.StepRecord] = []
         self._lock = threading.Lock()
-        self._mailboxes: dict[int, Mailbox] = {}
+        self._receivers: dict[int, Receiver] = {}
         self._closed = False
         # A daemon, so that a program ends whose engine still runs; `_stop_all` ends it before the
         # interpreter goes away under it.
@@ -102,17 +139,17 @@ class Delivery:
             _started.add(self)
         self._thread.start()
 
-    def register(self, request_id: int, mailbox: Mailbox) -> None:
+    def register(self, request_id: int, receiver: Receiver) -> None:
         """Before the request is submitted."""
         with self._lock:
             if self._closed:
                 raise UnavailableError("engine", "is closed")
-            self._mailboxes[request_id] = mailbox
+            self._receivers[request_id] = receiver
 
     def forget(self, request_id: int) -> None:
         """Nothing more is delivered for this request."""
         with self._lock:
-            self._mailboxes.pop(request_id, None)
+            self._receivers.pop(request_id, None)
 
     def take_records(self) -> "list[_engine.StepRecord]":
         """The step records that came since the last call."""
@@ -135,31 +172,60 @@ class Delivery:
                     self._records += report.records
             if report.removed_adapters:
                 self._on_removed(report.removed_adapters)
-            outputs = report.outputs
-            if outputs:
-                self._deliver([(output.id, _raw(output)) for output in outputs])
+            plain = report.take_plain()
+            outputs = [(output.id, _raw(output)) for output in report.outputs]
+            if outputs or plain[0]:
+                self._deliver(outputs, plain)
         with self._lock:
             self._closed = True
-            waiting = list(self._mailboxes)
+            waiting = list(self._receivers)
         closed = UnavailableError("engine", "was closed before the answer ended")
         self._deliver([(request_id, _failed(closed)) for request_id in waiting])
 
-    def _deliver(self, outputs: list[tuple[int, RawOutput]]) -> None:
+    def _deliver(
+        self,
+        outputs: list[tuple[int, RawOutput]],
+        plain: tuple[Sequence[int], Sequence[int], Sequence[int]] = ((), (), ()),
+    ) -> None:
+        """`plain`: ids, first indices and tokens of outputs that are one further token each."""
+        steps: dict[StepSink, StepOutputs] = {}
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, RawOutput]]] = {}
+
+        def put(mailbox: Mailbox, output: RawOutput) -> None:
+            if mailbox.loop is None:
+                mailbox.put(output)
+            else:
+                by_loop.setdefault(mailbox.loop, []).append((mailbox, output))
+
+        receivers = self._receivers
         with self._lock:
             for request_id, output in outputs:
-                mailbox = self._mailboxes.get(request_id)
+                receiver = receivers.get(request_id)
                 if output.finish_reason:
-                    self._mailboxes.pop(request_id, None)
-                if mailbox is None:
-                    continue
-                if mailbox.loop is None:
-                    mailbox.put(output)
-                else:
-                    by_loop.setdefault(mailbox.loop, []).append((mailbox, output))
-        for loop, items in by_loop.items():
+                    receivers.pop(request_id, None)
+                if type(receiver) is tuple:
+                    sink, key = receiver
+                    steps.setdefault(sink, StepOutputs()).others.append((key, output))
+                elif receiver is not None:
+                    put(cast(Mailbox, receiver), output)
+            for request_id, index, token in zip(*plain, strict=True):
+                receiver = receivers.get(request_id)
+                if type(receiver) is tuple:
+                    sink, key = receiver
+                    step = steps.get(sink)
+                    if step is None:
+                        step = steps[sink] = StepOutputs()
+                    step.keys.append(key)
+                    step.tokens.append(token)
+                elif receiver is not None:
+                    put(cast(Mailbox, receiver), _plain(index, token))
+        calls: list[tuple[asyncio.AbstractEventLoop, Callable[[Any], None], Any]] = [
+            (loop, _put_all, items) for loop, items in by_loop.items()
+        ]
+        calls += [(sink.loop, sink.take, step) for sink, step in steps.items()]
+        for loop, call, items in calls:
             try:
-                loop.call_soon_threadsafe(_put_all, items)
+                loop.call_soon_threadsafe(call, items)
             except RuntimeError:  # that loop has been closed, and its readers with it
                 continue
 

@@ -36,6 +36,7 @@ def native_config(config: EngineConfig, weight_dtype: str) -> _engine.EngineConf
         "max_sequences",
         "max_step_adapter_bytes",
         "prefix_cache",
+        "prefetch",
         "record_steps",
     ):
         assign(native, name, getattr(config, name))

@@ -17,6 +17,12 @@ class EngineStats:
     prefix_hit_tokens: int
     adapter_installs: int
     adapter_evictions: int
+    adapter_install_seconds: float
+    """Of all installs, each from its start to its end; several may go on at a time."""
+    adapter_waits: int
+    """Requests that came before their adapter was in pages."""
+    adapter_wait_seconds: float
+    """Of theirs, from the request's coming until the adapter was there."""
     step_seconds: float
     """Spent in steps."""
 
@@ -28,6 +34,13 @@ class EngineStats:
     pages_adapter: int
     adapters_installed: int
     """In pages, ready for the next step; the others loaded are in host memory."""
+    adapters_installing: int
+    """On their way into pages; they have theirs already."""
+    adapter_direct_bytes: int
+    """Of packed adapters, read by a GPU from host memory that it knows
+    (Engine.register_host_memory), since the start."""
+    adapter_staged_bytes: int
+    """Those read from elsewhere. Both 0 on the CPU."""
     adapter_weight_bytes: int
     """Of their weights; `pages_adapter` pages hold them and some padding."""
     weight_bytes: int
@@ -52,7 +65,7 @@ class StepRecord:
     """Of the distinct ones, as they lie in pages."""
     max_rank: int
     installs: int
-    """Adapters that were written into pages before the step, within its time."""
+    """Adapters that were being written into pages beside the step."""
 
 
 def step_record(record: _engine.StepRecord) -> StepRecord:

@@ -9,20 +9,22 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 
-from loraserve.errors import LoraServeError, NotFoundError, UnavailableError
+from loraserve.background import background_threads
+from loraserve.checkpoint.packed_adapter import PackedAdapter
+from loraserve.errors import DeadlineExceededError, LoraServeError, UnavailableError
 from loraserve.node.engine_api import ServedEngine
-from loraserve.node.held import DEVICE, DRAINING, FAILED, FETCHING, HOST, HeldAdapter, refusal
+from loraserve.node.held import DRAINING, FAILED, FETCHING, HOST, HeldAdapter, refusal
+from loraserve.node.held_table import HeldTable
 from loraserve.node.limits import Limits, full
+from loraserve.node.load_info import AdapterLoadInfo
+from loraserve.node.pool.copies import HostCopies
 from loraserve.node.requests import LiveRequest
-from loraserve.node.residency import ChangeJournal, CopyKey
-from loraserve.node.room import copies_to_evict
-from loraserve.node.sources import AdapterFetch, Packed
+from loraserve.node.resolving import Resolver, Resolving
+from loraserve.node.room import HostRoom, usable_bytes
 from loraserve.placement.types import AdapterId, AdapterSpec
-from loraserve.v1 import common_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -30,110 +32,40 @@ _CONCURRENT_LOADS = 4
 # Requests have ended before the engine is asked to unload; it needs a step or two.
 _UNLOAD_S = 10.0
 
-# Which revision a name points to (None), or whether a name has the revision. Raises NotFoundError
-# or UnavailableError.
-Resolver = Callable[[AdapterId, str | None], Awaitable[AdapterSpec]]
 
-
-class HeldAdapters:
-    """`on_change` is called whenever `generation` has risen, `on_load` with the seconds of every
-    load that succeeded."""
+class HeldAdapters(HeldTable):
+    """The table of what is held, and how that changes. `on_load` is called with the seconds of
+    every load that succeeded, `on_evict` for every copy that makes room for another, `on_lookup`
+    with whether a request found its adapter."""
 
     def __init__(
         self,
         engine: ServedEngine,
-        fetch: AdapterFetch,
+        host: HostCopies,
         limits: Limits,
         *,
         resolve: Resolver | None = None,
         on_change: Callable[[], None] = lambda: None,
         on_load: Callable[[float], None] = lambda seconds: None,
+        on_evict: Callable[[], None] = lambda: None,
+        on_lookup: Callable[[bool], None] = lambda hit: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(engine.installed, on_change)
         self._engine = engine
-        self._fetch = fetch
+        self.host = host
+        self._room = HostRoom(host, lambda held: host.fetch.cost_s(held.load))
         self._limits = limits
-        self._resolve = resolve
-        self._on_change = on_change
+        self._resolving = Resolving(resolve)
         self._on_load = on_load
+        self._on_evict = on_evict
+        self._on_lookup = on_lookup
         self._clock = clock
-        self._held: dict[AdapterId, dict[str, HeldAdapter]] = {}
         self._waiting: Counter[AdapterId] = Counter()
-        self._resolving: dict[tuple[AdapterId, str | None], asyncio.Task[AdapterSpec]] = {}
         self._serials = itertools.count(1)
         self._slots = asyncio.Semaphore(_CONCURRENT_LOADS)
-        self._threads = ThreadPoolExecutor(_CONCURRENT_LOADS, "adapter-load")
+        self._threads = background_threads(_CONCURRENT_LOADS, "adapter-load")
         self._cleanups: set[asyncio.Task[None]] = set()
-        self._journal: ChangeJournal[CopyKey] = ChangeJournal()
-        self._installed: frozenset[str] = frozenset()
-
-    # What is here
-
-    def _all(self) -> Iterator[HeldAdapter]:
-        for copies in self._held.values():
-            yield from copies.values()
-
-    def residency(self) -> list[common_pb2.AdapterResidency]:
-        """Everything that the node holds, fetches or failed to load. `generation`, read after it,
-        is that of what it returns."""
-        self._see_installed()
-        return [self._to_wire(held) for held in self._all()]
-
-    def _to_wire(self, held: HeldAdapter) -> common_pb2.AdapterResidency:
-        return held.to_wire(held.engine_name in self._installed)
-
-    def _see_installed(self) -> None:
-        """What the engine put into pages or took out of them is a change, but none that is worth a
-        heartbeat of its own."""
-        installed = self._engine.installed()
-        moved = installed ^ self._installed
-        self._installed = installed
-        if moved:
-            for held in self._all():
-                if held.engine_name in moved:
-                    self._journal.changed((held.spec.adapter, held.spec.revision))
-
-    def count_by_state(self) -> Counter[int]:
-        """Copies by ResidencyState. The only method that other threads may call."""
-        installed = self._engine.installed()
-        return Counter(
-            DEVICE if h.state == HOST and h.engine_name in installed else h.state
-            for copies in list(self._held.values())
-            for h in list(copies.values())
-        )
-
-    def copies(self, adapter: AdapterId) -> list[HeldAdapter]:
-        return list(self._held.get(adapter, {}).values())
-
-    @property
-    def generation(self) -> int:
-        """Rises with every change of the residency."""
-        return self._journal.generation
-
-    def changes_since(
-        self, generation: int
-    ) -> tuple[list[common_pb2.AdapterResidency], list[CopyKey]] | None:
-        """Copies that changed after the generation, and keys of those that went; None where that
-        is not known any more. `generation`, read after it, is that of what it returns."""
-        self._see_installed()
-        keys = self._journal.since(generation)
-        if keys is None:
-            return None
-        found = [self._held.get(adapter, {}).get(revision) for adapter, revision in keys]
-        gone = [key for key, held in zip(keys, found, strict=True) if held is None]
-        return [self._to_wire(held) for held in found if held is not None], gone
-
-    def _changed(self, held: HeldAdapter) -> None:
-        self._journal.changed((held.spec.adapter, held.spec.revision))
-        self._on_change()
-
-    def _forget(self, held: HeldAdapter) -> None:
-        copies = self._held.get(held.spec.adapter, {})
-        if copies.get(held.spec.revision) is held:
-            del copies[held.spec.revision]
-            if not copies:
-                del self._held[held.spec.adapter]
-            self._changed(held)
 
     # Use by requests
 
@@ -154,6 +86,7 @@ class HeldAdapters:
         if held is None or held.state != HOST:
             return None
         held.pin(user)
+        self._on_lookup(True)
         return held
 
     async def acquire(
@@ -166,11 +99,13 @@ class HeldAdapters:
         """
         if self._waiting[adapter] >= self._limits.max_waiting_per_adapter:
             raise full("adapter", self._waiting[adapter])
+        self._on_lookup(False)
         self._waiting[adapter] += 1
         try:
             held = self._coming(adapter, revision)
             if held is None:
-                held = self.begin_load(await self._resolved(adapter, revision), placed=False)
+                load = await self._resolving.resolved(adapter, revision)
+                held = self.begin_load(load, placed=False)
             held.pin(user)
             try:
                 await held.settled.wait()
@@ -188,9 +123,8 @@ class HeldAdapters:
                 del self._waiting[adapter]
 
     def has_or_awaits(self, adapter: AdapterId, revision: str | None) -> bool:
-        """Whether a copy (None: of any revision) serves here or is on its way. A name that is being
-        resolved most likely means the revision that is asked for."""
-        if (adapter, revision) in self._resolving or (adapter, None) in self._resolving:
+        """Whether a copy (None: of any revision) serves here or is on its way."""
+        if self._resolving.asks(adapter, revision):
             return True
         copies = self._held.get(adapter, {}).values()
         return any(
@@ -198,7 +132,8 @@ class HeldAdapters:
         )
 
     def release(self, held: HeldAdapter, user: LiveRequest) -> None:
-        held.unpin(user, self._clock())
+        held.unpin(user)
+        self._room.used(held)
 
     def _coming(self, adapter: AdapterId, revision: str | None) -> HeldAdapter | None:
         """The copy that a request is to wait for; None where the node must ask for one."""
@@ -215,50 +150,38 @@ class HeldAdapters:
             raise UnavailableError("adapter", "is being dropped from this node")
         if held.error is not None and self._clock() < held.retry_s:
             raise refusal(held.error)
-        if self._resolve is not None:  # the name may point elsewhere by now
+        if self._resolving.can_ask:  # the name may point elsewhere by now
             return None
-        return self.begin_load(held.spec, placed=held.placed)
-
-    async def _resolved(self, adapter: AdapterId, revision: str | None) -> AdapterSpec:
-        if self._resolve is None:
-            raise NotFoundError("adapter", f"{adapter.name!r} is not on this node")
-        key = (adapter, revision)
-        asking = self._resolving.get(key)
-        if asking is None:
-            asking = asyncio.ensure_future(self._resolve(adapter, revision))
-            self._resolving[key] = asking
-            asking.add_done_callback(lambda task: self._answered(key, task))
-        return await asyncio.shield(asking)
-
-    def _answered(
-        self, key: tuple[AdapterId, str | None], task: "asyncio.Task[AdapterSpec]"
-    ) -> None:
-        del self._resolving[key]
-        if not task.cancelled():
-            task.exception()  # those who wait have it; without them it is nobody's
+        return self.begin_load(held.load, placed=held.placed)
 
     # Loading
 
-    def begin_load(self, spec: AdapterSpec, *, placed: bool) -> HeldAdapter:
+    @property
+    def memory_bytes(self) -> int:
+        """Of packed adapters that placement may count on here."""
+        return usable_bytes(self.host.pool.capacity_bytes)
+
+    def begin_load(self, load: AdapterLoadInfo, *, placed: bool) -> HeldAdapter:
         """Starts to load a revision, or joins the load that runs; `settled` tells its end.
 
-        Raises ResourceExhaustedError where the adapter memory has no room.
+        Raises ResourceExhaustedError where the host pool has no room.
         """
+        spec = load.spec
         copies = self._held.get(spec.adapter, {})
         known = copies.get(spec.revision)
         if known is not None:
             if known.state == DRAINING and not known.unloading and known.dropping is not None:
-                if not known.users:  # it may have been evicted for another
-                    self._make_room(known.spec, placed)
                 known.dropping.cancel()
                 known.dropping = None
                 known.state = HOST
+                self._room.used(known)
                 self._changed(known)
             known.placed = known.placed or placed
             if known.state in (HOST, FETCHING):
                 return known
-        self._make_room(spec, placed)
-        held = HeldAdapter(spec, next(self._serials), placed, known.failures if known else 0)
+        if spec.size_bytes:  # otherwise its header will tell
+            self._evict_for(spec, promised=True)
+        held = HeldAdapter(load, next(self._serials), placed, known.failures if known else 0)
         if known is not None:
             held.placed = placed or known.placed
         self._held.setdefault(spec.adapter, {})[spec.revision] = held
@@ -268,35 +191,54 @@ class HeldAdapters:
         self._changed(held)
         return held
 
-    async def hold(self, adapter: AdapterId, packed: Packed) -> None:
-        """Holds a packed adapter that somebody else has read. Raises what the engine raises."""
+    async def hold(self, adapter: AdapterId, packed: PackedAdapter) -> None:
+        """Holds a packed adapter that somebody else has read. Raises what the engine raises, and
+        ResourceExhaustedError."""
         spec = AdapterSpec(adapter, packed.revision, packed.size_bytes, packed.max_rank)
-        self._make_room(spec, placed=True)
-        held = HeldAdapter(spec, next(self._serials), placed=True)
-        await self._in_thread(lambda: self._engine.load_adapter(held.engine_name, packed))
+        held = HeldAdapter(AdapterLoadInfo(spec), next(self._serials), placed=True)
+        copy = await self.host.put(packed, lambda size: self._make_room(spec))
+        try:
+            await self._in_thread(lambda: self._engine.load_adapter(held.engine_name, copy.packed))
+        except BaseException:
+            self.host.give_back(copy)
+            raise
+        held.copy = copy
         held.state = HOST
         held.settled.set()
         self._held.setdefault(adapter, {})[spec.revision] = held
         self._changed(held)
 
-    def _make_room(self, spec: AdapterSpec, placed: bool) -> None:
-        """Evicts what is in the way of `spec`. Raises ResourceExhaustedError."""
-        limit_bytes = self._limits.adapter_memory_bytes
-        for held in copies_to_evict(self._all(), spec, placed, limit_bytes):
-            _log.info("evicting %s revision %s", held.spec.adapter, held.spec.revision[:12])
+    def _evict_for(self, spec: AdapterSpec, promised: bool) -> None:
+        """Begins to drop what is in the way of `spec`. Raises ResourceExhaustedError."""
+        for held in self._room.copies_to_evict(self._all(), spec, promised):
+            _log.info(
+                "evicting %s revision %s",
+                *(held.spec.adapter, held.spec.revision[:12]),
+                extra=held.about,
+            )
+            self._on_evict()
             self.begin_drop(held)
 
+    def _make_room(self, spec: AdapterSpec) -> "set[asyncio.Future[None]]":
+        """As MakeRoom of the host pool: now, when the adapter's turn has come."""
+        self._evict_for(spec, promised=False)
+        return {h.dropping for h in self._all() if h.leaving and h.dropping is not None}
+
     async def _load(self, held: HeldAdapter) -> None:
-        spec, start = held.spec, self._clock()
+        start = self._clock()
         try:
             async with self._slots:
-                packed = await self._fetch.fetch(spec)
-                if not spec.size_bytes:
-                    held.spec = replace(
-                        spec, size_bytes=packed.size_bytes, max_rank=packed.max_rank
+                copy = await self.host.obtain(
+                    held.load,
+                    lambda size: self._make_room(replace(held.spec, size_bytes=size)),
+                )
+                held.copy, held.installing = copy, True
+                packed = copy.packed
+                if not held.spec.size_bytes:
+                    spec = replace(
+                        held.spec, size_bytes=packed.size_bytes, max_rank=packed.max_rank
                     )
-                    self._make_room(held.spec, held.placed)
-                held.installing = True
+                    held.load = replace(held.load, spec=spec)
                 # Whether it may serve this base was decided when it was admitted to the cluster.
                 await self._in_thread(
                     lambda: self._engine.load_adapter(
@@ -304,25 +246,38 @@ class HeldAdapters:
                     )
                 )
         except Exception as error:
+            self._give_back(held)
             typed = error if isinstance(error, LoraServeError) else None
             if typed is None:
-                _log.exception("loading %s failed", spec.adapter)
+                _log.exception("loading %s failed", held.spec.adapter)
                 typed = LoraServeError("adapter", "loading failed; the node's log says why")
-            _log.warning("adapter %s revision %s: %s", spec.adapter, spec.revision[:12], typed)
+            _log.warning(
+                "adapter %s revision %s: %s",
+                *(held.spec.adapter, held.spec.revision[:12], typed),
+                extra=held.about,
+            )
             held.fail(typed, self._clock())
             self._changed(held)
             return
         if held.dropping is not None:  # it was dropped while the engine was reading it
             return
         seconds = self._clock() - start
-        held.state, held.used_s = HOST, self._clock()
+        held.state = HOST
+        self._room.used(held)
         held.settled.set()
         self._changed(held)
         self._on_load(seconds)
+        spec = held.spec
         _log.info(
             "adapter %s revision %s is here: rank %d, %d bytes, %.3f s",
-            *(spec.adapter, spec.revision[:12], held.spec.max_rank, held.spec.size_bytes, seconds),
+            *(spec.adapter, spec.revision[:12], spec.max_rank, spec.size_bytes, seconds),
+            extra=held.about,
         )
+
+    def _give_back(self, held: HeldAdapter) -> None:
+        copy, held.copy = held.copy, None
+        if copy is not None:
+            self.host.give_back(copy)
 
     def _in_thread(self, call: Callable[[], object]) -> "asyncio.Future[object]":
         return asyncio.get_running_loop().run_in_executor(self._threads, call)
@@ -370,18 +325,36 @@ class HeldAdapters:
         if held.dropping is not asyncio.current_task():  # wanted again in this very moment
             return
         held.unloading = True
-        try:
-            await self._in_thread(lambda: self._engine.unload_adapter(held.engine_name, _UNLOAD_S))
-        except LoraServeError as error:
-            _log.error("unloading %s: %s", held.spec.adapter, error)
+        await self._unload(held)
+        self._give_back(held)
         self._forget(held)
-        _log.info("adapter %s revision %s is gone", held.spec.adapter, held.spec.revision[:12])
+        _log.info(
+            "adapter %s revision %s is gone",
+            *(held.spec.adapter, held.spec.revision[:12]),
+            extra=held.about,
+        )
+
+    async def _unload(self, held: HeldAdapter) -> None:
+        """Returns when the engine reads the copy no more."""
+        while True:
+            try:
+                await self._in_thread(
+                    lambda: self._engine.unload_adapter(held.engine_name, _UNLOAD_S)
+                )
+            except DeadlineExceededError as error:
+                _log.warning("unloading %s: %s", held.spec.adapter, error)
+                continue
+            except LoraServeError as error:  # it does not have it, or has ended
+                _log.error("unloading %s: %s", held.spec.adapter, error)
+            return
 
     async def close(self) -> None:
         """Ends loads and drops; the engine keeps what it has."""
-        tasks = [*self._cleanups, *self._resolving.values()]
+        await self._resolving.close()
+        tasks = [*self._cleanups]
         tasks += [h.loading for h in self._all() if h.loading is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.host.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

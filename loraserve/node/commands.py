@@ -62,9 +62,9 @@ class Commands:
         adapters, base = self._node.adapters, self._node.facts.base
         match command.WhichOneof("action"):
             case "load":
-                spec = load_from_wire(command.load, base)
-                held = adapters.begin_load(spec, placed=True)
-                self._node.moved.forget((spec.adapter, spec.revision))
+                load_info = load_from_wire(command.load, base)
+                held = adapters.begin_load(load_info, placed=True)
+                self._node.moved.forget((load_info.spec.adapter, load_info.spec.revision))
 
                 async def load() -> LoraServeError | None:
                     await held.settled.wait()

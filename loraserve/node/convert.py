@@ -3,6 +3,7 @@
 from google.protobuf.duration_pb2 import Duration
 
 from loraserve.errors import FailedPreconditionError
+from loraserve.node.load_info import AdapterLoadInfo, Peer
 from loraserve.placement.types import AdapterId, AdapterSpec
 from loraserve.security.identity import check_name, check_revision
 from loraserve.v1 import common_pb2, node_pb2
@@ -29,14 +30,15 @@ def adapter_id_to_wire(adapter: AdapterId) -> common_pb2.AdapterId:
     return common_pb2.AdapterId(tenant=adapter.tenant, base=adapter.base, name=adapter.name)
 
 
-def load_from_wire(message: node_pb2.AdapterLoad, base: str) -> AdapterSpec:
+def load_from_wire(message: node_pb2.AdapterLoad, base: str) -> AdapterLoadInfo:
     """Raises InvalidArgumentError, FailedPreconditionError. Size and rank are 0 where unknown."""
-    return AdapterSpec(
+    spec = AdapterSpec(
         adapter_id_from_wire(message.adapter, base),
         check_revision("revision", message.revision),
         message.size_bytes,
         message.max_rank,
     )
+    return AdapterLoadInfo(spec, tuple(Peer(p.node_id, p.address) for p in message.peers))
 
 
 def seconds(duration: Duration) -> float:

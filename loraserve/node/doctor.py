@@ -1,7 +1,7 @@
-"""Whether this machine can run a node: checks that change nothing and take a moment."""
+"""Whether this machine can run a node: checks that change nothing and take some seconds."""
 
+import asyncio
 import os
-import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,14 @@ from pathlib import Path
 
 from loraserve.errors import LoraServeError
 from loraserve.node.model import cpu_name, memory_bytes
+from loraserve.node.transfer.dry_run import dry_run
+from loraserve.node.transfer.facts import (
+    gpudirect_missing,
+    rdma_devices,
+    rdma_missing,
+    shared_huge_pages,
+)
+from loraserve.node.transfer.gpudirect import PROOF_SIZES, open_reader, prove
 
 # Flags of /proc/cpuinfo that each level adds to the one before.
 _LEVELS = (
@@ -78,10 +86,58 @@ def _loopback() -> Check:
 
 
 def _transport() -> Check:
-    program = shutil.which("loraserve-transfer")
-    if program is None:
-        return Check("transport", None, "gRPC: adapters come from the store or the controller")
-    return Check("transport", True, f"{program}, and gRPC")
+    """A read between two sidecars: what UCX lists, it need not be able to do."""
+    try:
+        info, reads = asyncio.run(dry_run())
+    except LoraServeError as error:
+        return Check("transport", None, f"gRPC streams alone: {error}")
+    last = reads[-1]
+    detail = (
+        f"UCX {info.ucx_version}; host memory: {', '.join(info.transports)}; device memory: none; "
+        f"{last.size_bytes >> 20} MiB read between two sidecars over "
+        f"{', '.join(last.transports) or 'UCX'} in {last.seconds * 1e3:.1f} ms "
+        f"({last.gb_per_s:.1f} GB/s); else gRPC streams"
+    )
+    return Check("transport", True, detail)
+
+
+def _rdma() -> Check:
+    missing = rdma_missing()
+    if missing:
+        return Check("rdma", None, "not here: " + "; ".join(missing))
+    return Check("rdma", True, f"{', '.join(rdma_devices())}; prove it with --read-from")
+
+
+def _gpudirect() -> Check:
+    if missing := gpudirect_missing():
+        return Check("gpudirect", None, "not here: " + "; ".join(missing))
+    return Check("gpudirect", True, "nothing seems to be missing; prove it with --gpudirect")
+
+
+def _gpudirect_proof() -> Check:
+    """A read into a GPU's memory, by this process."""
+    try:
+        reads = asyncio.run(prove(open_reader(max(PROOF_SIZES))))
+    except LoraServeError as error:
+        return Check("gpudirect", False, f"not proven: {error}")
+    last = reads[-1]
+    detail = (
+        f"{last.size_bytes >> 20} MiB read into device memory over "
+        f"{', '.join(last.transports) or 'UCX'} in {last.seconds * 1e3:.1f} ms, and to the host to "
+        f"be checked in {last.to_host_seconds * 1e3:.1f} ms"
+    )
+    return Check("gpudirect", True, detail)
+
+
+def _huge_pages() -> Check:
+    if shared_huge_pages():
+        return Check("huge pages", True, "for the host pool")
+    return Check(
+        "huge pages",
+        None,
+        "none for the host pool; with them nodes of one host read each other at half the cost: "
+        "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+    )
 
 
 def _model(path: Path) -> Check:
@@ -102,8 +158,9 @@ def _model(path: Path) -> Check:
     )
 
 
-def run_doctor(model: Path | None = None) -> list[Check]:
-    """All checks in the order to show them; none raises."""
+def run_doctor(model: Path | None = None, *, gpudirect: bool = False) -> list[Check]:
+    """All checks in the order to show them; none raises. `gpudirect`: reads into a GPU's memory,
+    which loads UCX and CUDA into this process; where that fails, so does the check."""
     checks: list[tuple[str, Callable[[], Check]]] = [
         ("cpu", _cpu),
         ("engine", _engine),
@@ -111,6 +168,9 @@ def run_doctor(model: Path | None = None) -> list[Check]:
         ("memory", _memory),
         ("loopback", _loopback),
         ("transport", _transport),
+        ("rdma", _rdma),
+        ("gpudirect", _gpudirect_proof if gpudirect else _gpudirect),
+        ("huge pages", _huge_pages),
     ]
     if model is not None:
         checks.append(("model", lambda: _model(model)))

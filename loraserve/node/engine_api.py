@@ -22,6 +22,12 @@ class OutputChunk(Protocol):
     @property
     def top_logprobs(self) -> list[dict[int, float]]: ...
     @property
+    def prompt_logprobs(self) -> list[float | None] | None:
+        """In the first chunk, where asked for; None of the first token."""
+
+    @property
+    def prompt_top_logprobs(self) -> list[dict[int, float] | None] | None: ...
+    @property
     def finish_reason(self) -> str | None: ...
     @property
     def stop_reason(self) -> str | int | None: ...
@@ -41,6 +47,40 @@ class RequestStream(Protocol):
         """Ends the request with finish_reason "cancelled"; nothing happens where it has ended."""
 
 
+SinkOutput = Any
+"""An output of the engine that is not plain; `SunkStream.chunk` reads it."""
+
+
+class StepOutputs(Protocol):
+    """What came for the requests of one sink: `others`, by key, then one further token for each of
+    `keys`."""
+
+    @property
+    def keys(self) -> list[Any]: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def others(self) -> list[tuple[Any, SinkOutput]]: ...
+
+
+class StepSink(Protocol):
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+    def take(self, step: Any) -> None:
+        """Gets StepOutputs, on the loop."""
+
+
+class SunkStream(Protocol):
+    """A submitted request whose outputs go to a sink."""
+
+    def abort(self) -> None: ...
+    def chunk(self, output: SinkOutput) -> OutputChunk:
+        """Without text. Raises the typed error that ends the request."""
+
+    def close(self) -> None:
+        """After its last output, or when nobody wants it any more."""
+
+
 class EngineGauges(Protocol):
     @property
     def running(self) -> int: ...
@@ -52,6 +92,26 @@ class EngineGauges(Protocol):
     def pages_kv(self) -> int: ...
     @property
     def pages_adapter(self) -> int: ...
+    @property
+    def adapters_installing(self) -> int: ...
+    @property
+    def adapter_installs(self) -> int: ...
+    @property
+    def adapter_evictions(self) -> int: ...
+    @property
+    def adapter_install_seconds(self) -> float: ...
+    @property
+    def adapter_waits(self) -> int: ...
+    @property
+    def adapter_wait_seconds(self) -> float: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def prefix_hit_tokens(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def step_seconds(self) -> float: ...
 
 
 class ServedEngine(Protocol):
@@ -62,6 +122,9 @@ class ServedEngine(Protocol):
     def unload_adapter(self, name: str, timeout_s: float | None = None) -> None: ...
     def installed(self) -> frozenset[str]:
         """Names of the adapters that are in pages now."""
+
+    def register_host_memory(self, memory: memoryview) -> bool:
+        """Blocks. Raises ResourceExhaustedError or UnavailableError where it cannot be locked."""
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]: ...
     def submit(
@@ -77,6 +140,20 @@ class ServedEngine(Protocol):
         start_index: int = 0,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> RequestStream: ...
+    def submit_to(
+        self,
+        sink: StepSink,
+        key: Any,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        adapter: str | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        timeout_s: float | None = None,
+        start_index: int = 0,
+    ) -> SunkStream: ...
     def stats(self) -> EngineGauges: ...
     @property
     def backend_name(self) -> str: ...

@@ -16,10 +16,11 @@ from loraserve.errors import LoraServeError, NotFoundError, UnavailableError
 from loraserve.node.commands import Commands
 from loraserve.node.convert import adapter_id_to_wire, load_from_wire, seconds
 from loraserve.node.demand import Sample, sample_to_wire
+from loraserve.node.load_info import AdapterLoadInfo
 from loraserve.node.node import Node
 from loraserve.node.node_service import software_version
 from loraserve.node.residency import ResidencyReport
-from loraserve.placement.types import AdapterId, AdapterSpec
+from loraserve.placement.types import AdapterId
 from loraserve.v1 import common_pb2, controller_pb2, controller_pb2_grpc
 from loraserve.wire_errors import from_rpc_error
 
@@ -47,7 +48,7 @@ class ControllerClient:
         self.metadata = tuple(metadata)
         self._base = base
 
-    async def resolve(self, adapter: AdapterId, revision: str | None) -> AdapterSpec:
+    async def resolve(self, adapter: AdapterId, revision: str | None) -> AdapterLoadInfo:
         """Raises NotFoundError, UnavailableError."""
         request = controller_pb2.ResolveAdapterRequest(adapter=adapter_id_to_wire(adapter))
         if revision is not None:
@@ -137,7 +138,7 @@ class ControllerLink:
                 address=self._advertise,
                 base=node.base,
                 devices=node.devices,
-                adapter_memory_bytes=node.limits.adapter_memory_bytes,
+                adapter_memory_bytes=node.adapters.memory_bytes,
                 limits=node.wire_limits,
                 software_version=software_version(),
                 relative_speed=node.relative_speed,

@@ -1,6 +1,7 @@
 """One copy of one revision on this node."""
 
 import asyncio
+from typing import Any
 
 from loraserve.errors import (
     FailedPreconditionError,
@@ -9,6 +10,9 @@ from loraserve.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from loraserve.logs import about
+from loraserve.node.load_info import AdapterLoadInfo
+from loraserve.node.pool.copies import HostCopy
 from loraserve.node.requests import LiveRequest
 from loraserve.placement.types import AdapterSpec
 from loraserve.v1 import common_pb2
@@ -36,17 +40,21 @@ class HeldAdapter:
     pages, which is told as DEVICE); DRAINING and gone, or FAILED. `engine_name`
     is another one for every load, so an old copy and a new one never meet in the engine."""
 
-    def __init__(self, spec: AdapterSpec, serial: int, placed: bool, failures: int = 0) -> None:
+    def __init__(self, load: AdapterLoadInfo, serial: int, placed: bool, failures: int = 0) -> None:
         """`placed`: somebody wants it here whether or not it is used; it is never evicted."""
-        self.spec = spec
+        self.load = load
         self.serial = serial
         self.placed = placed
         self.failures = failures
-        self.engine_name = f"{spec.adapter}@{spec.revision}#{serial}"
+        self.engine_name = f"{self.spec.adapter}@{self.spec.revision}#{serial}"
+        # In the host pool, from before the engine reads it until after.
+        self.copy: HostCopy | None = None
         self.state: common_pb2.ResidencyState.ValueType = FETCHING
         self.error: LoraServeError | None = None
         self.retry_s = 0.0
-        self.used_s = 0.0
+        # The number of its last use, and the pool's age then, see pool/eviction.py.
+        self.used = 0
+        self.age = 0.0
         self.users: set[LiveRequest] = set()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -58,13 +66,31 @@ class HeldAdapter:
         self.loading: asyncio.Task[None] | None = None
         self.dropping: asyncio.Task[None] | None = None
 
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.load.spec
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For `extra` of a log call."""
+        return about(adapter=str(self.spec.adapter), revision=self.spec.revision)
+
+    @property
+    def idle_here(self) -> bool:
+        """Serves, though nobody needs it at the moment and nobody has placed it."""
+        return self.state == HOST and not self.users and not self.placed
+
+    @property
+    def leaving(self) -> bool:
+        """Goes, and nobody uses it any more: its memory is as good as free."""
+        return self.dropping is not None and not self.users
+
     def pin(self, user: LiveRequest) -> None:
         self.users.add(user)
         self.idle.clear()
 
-    def unpin(self, user: LiveRequest, now_s: float) -> None:
+    def unpin(self, user: LiveRequest) -> None:
         self.users.discard(user)
-        self.used_s = now_s
         if not self.users:
             self.idle.set()
 

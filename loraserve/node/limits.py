@@ -25,8 +25,6 @@ class Limits:
     max_stop_strings: int = 16
     max_stop_bytes: int = 256
     """Of one stop string."""
-    adapter_memory_bytes: int = 4 << 30
-    """All packed adapters that the node holds."""
     stall_timeout_s: float = 30.0
     """A client that reads nothing of its answer for so long has its request ended."""
 
@@ -75,6 +73,8 @@ def check_request(
         case _:
             raise InvalidArgumentError("prompt", "needs text or token_ids")
     _check_stops(request, limits)
+    if request.omit_text and request.sampling.stop:
+        raise InvalidArgumentError("stop", "needs the text: goes without omit_text")
 
 
 def _check_stops(request: inference_pb2.GenerateRequest, limits: Limits) -> None:

@@ -11,12 +11,30 @@ from pathlib import Path
 
 from loraserve.daemon import DaemonParser, run_daemon
 from loraserve.errors import InvalidArgumentError
+from loraserve.logs import add_log_arguments
 from loraserve.node.limits import Limits
 from loraserve.node.model import ModelOptions, device_of, open_model, read_adapter
+from loraserve.node.peers.arguments import add_peer_arguments, peer_options
+from loraserve.node.pool.arguments import (
+    add_pool_arguments,
+    check_pool_arguments,
+    pool_options,
+)
 from loraserve.node.server import NodeOptions, NodeServer
 from loraserve.security import TlsFiles
+from loraserve.tracing import open_tracer
 
 _log = logging.getLogger("loraserve.node")
+
+# Of the top level of a configuration file; its adapters are the controller's to place.
+_SHARED = {
+    **{name: name for name in ("model", "base", "device", "threads", "keys")},
+    **{name: name for name in ("log-level", "log-format", "otlp-endpoint")},
+    **{
+        name: name
+        for name in ("drain-timeout-s", "max-num-seqs", "max-num-batched-tokens", "dtype")
+    },
+}
 
 
 def _adapter(text: str) -> tuple[str, Path]:
@@ -30,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = DaemonParser(
         prog="loraserve-node",
         description="Serves one base model and the LoRA adapters that the controller places here.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        section="node",
+        shared=_SHARED,
     )
     add = parser.add_argument
     limits = Limits()
@@ -54,17 +73,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--failure-domain", help="nodes that fail together share this word (default: host name)")
     add("--relative-speed", type=float, default=1.0, help="of the engine, for placement")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--weight-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add("--weight-dtype", "--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--threads", type=int, default=0, help="of the engine; 0: one for each core")
     add("--memory-bytes", type=int, default=0, help="KV cache and adapters in use; 0: 1 GiB")
+    add_pool_arguments(parser)
+    add_peer_arguments(parser)
     add(
-        "--adapter-memory-bytes",
+        *("--max-sequences", "--max-num-seqs"),
         type=int,
-        default=limits.adapter_memory_bytes,
-        help="all packed adapters that this node holds",
+        default=limits.max_sequences,
+        help="requests in one engine step",
     )
-    add("--max-sequences", type=int, default=limits.max_sequences, help="in one engine step")
-    add("--max-batch-tokens", type=int, default=512, help="in one engine step")
+    add(
+        *("--max-batch-tokens", "--max-num-batched-tokens"),
+        type=int,
+        default=512,
+        help="in one engine step",
+    )
     add("--max-queued-requests", type=int, default=limits.max_queued_requests)
     add("--max-prompt-bytes", type=int, default=limits.max_prompt_bytes)
     add(
@@ -75,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--drain-timeout-s", type=float, default=30.0, help="for requests that run at the end")
     add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
-    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add("--otlp-endpoint", metavar="URL", help="OTLP/HTTP collector that gets traces")
+    add_log_arguments(parser)
     return parser
 
 
@@ -84,7 +110,6 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, lowest in (
         ("threads", 0),
         ("memory_bytes", 0),
-        ("adapter_memory_bytes", 0),
         ("max_sequences", 1),
         ("max_batch_tokens", 1),
         ("max_queued_requests", 0),
@@ -94,6 +119,7 @@ def _check(arguments: argparse.Namespace) -> None:
     ):
         if not getattr(arguments, name) >= lowest:
             _parser().error(f"--{name.replace('_', '-')}: at least {lowest}")
+    check_pool_arguments(arguments, _parser().error)
     if not 0.001 <= arguments.relative_speed <= 1000:
         _parser().error("--relative-speed: from 0.001 to 1000")
     if not arguments.controller and (arguments.controller_key or arguments.tls_ca):
@@ -105,15 +131,15 @@ def _check(arguments: argparse.Namespace) -> None:
         _parser().error("--metrics-port-file goes with --metrics-listen")
 
 
-def _key(path: Path | None) -> str | None:
+def _key(field: str, path: Path | None) -> str | None:
     if path is None:
         return None
     try:
         key = path.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError("controller-key", f"{path}: cannot be read: {error}") from None
+        raise InvalidArgumentError(field, f"{path}: cannot be read: {error}") from None
     if not re.fullmatch(r"\S{1,256}", key):
-        raise InvalidArgumentError("controller-key", f"{path}: does not hold one key")
+        raise InvalidArgumentError(field, f"{path}: does not hold one key")
     return key
 
 
@@ -144,13 +170,15 @@ def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
         tls = TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
     if arguments.tls_ca:
         controller_tls = TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_ca)
+    controller_key = _key("controller-key", arguments.controller_key)
+    peer_key = _key("peer-key", arguments.peer_key) or controller_key
     return NodeOptions(
         node_id=arguments.node_id or _default_id(arguments.listen),
         base=model.base_name,
         listen=arguments.listen,
         advertise=arguments.advertise,
         controller=arguments.controller,
-        controller_key=_key(arguments.controller_key),
+        controller_key=controller_key,
         controller_tls=controller_tls,
         store=arguments.store,
         keys=arguments.keys,
@@ -160,13 +188,15 @@ def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
             max_sequences=arguments.max_sequences,
             max_queued_requests=arguments.max_queued_requests,
             max_prompt_bytes=arguments.max_prompt_bytes,
-            adapter_memory_bytes=arguments.adapter_memory_bytes,
             stall_timeout_s=arguments.stall_timeout_s,
         ),
+        pool=pool_options(arguments),
+        peers=peer_options(arguments, peer_key),
         drain_timeout_s=arguments.drain_timeout_s,
         devices=(device_of(model),),
         relative_speed=arguments.relative_speed,
         adapters=dict(arguments.adapter),
+        tracer=open_tracer(arguments.otlp_endpoint, "loraserve-node"),
     )
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loraserve.checkpoint.packed_adapter import load_adapter_source
+from loraserve.checkpoint.packed_adapter import PackedAdapter, load_adapter_source
 from loraserve.errors import InvalidArgumentError
 from loraserve.node.engine_api import LoadedModel, ModelFacts
-from loraserve.node.sources import Packed
 from loraserve.v1 import common_pb2
 
 
@@ -62,7 +61,7 @@ def open_model(options: ModelOptions) -> LoadedModel:
     return LoadedModel(engine, facts)
 
 
-def read_adapter(path: Path) -> Packed:
+def read_adapter(path: Path) -> PackedAdapter:
     """A PEFT directory or a packed file, checked. Blocks. Raises LoraServeError."""
     return load_adapter_source(path)
 

@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 
 from loraserve.errors import UnavailableError
-from loraserve.node.adapters import HeldAdapters, Resolver
+from loraserve.node.adapters import HeldAdapters
 from loraserve.node.demand import DemandCounter
 from loraserve.node.engine_api import LoadedModel
 from loraserve.node.limits import MAX_RANK, Limits
 from loraserve.node.metrics import NodeMetrics
 from loraserve.node.moved import MovedAdapters
+from loraserve.node.pool.copies import HostCopies
 from loraserve.node.requests import LiveRequests
-from loraserve.node.sources import AdapterFetch
+from loraserve.node.resolving import Resolver
+from loraserve.tracing import Tracer
 from loraserve.v1 import common_pb2, node_pb2
 
 _log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class Node:
         node_id: str,
         model: LoadedModel,
         limits: Limits,
-        fetch: AdapterFetch,
+        host: HostCopies,
         *,
         metrics: NodeMetrics | None = None,
         resolve: Resolver | None = None,
@@ -39,6 +41,7 @@ class Node:
         relative_speed: float = 1.0,
         drain_timeout_s: float = 30.0,
         on_change: Callable[[], None] = lambda: None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`on_change` is called when the controller should hear of something soon."""
         self.node_id = node_id
@@ -51,6 +54,7 @@ class Node:
         self.relative_speed = relative_speed
         self.drain_timeout_s = drain_timeout_s
         self.metrics = metrics or NodeMetrics()
+        self.tracer = tracer
         self.requests = LiveRequests(limits)
         self.demand = DemandCounter()
         self.moved = MovedAdapters()
@@ -58,13 +62,17 @@ class Node:
         self._on_change = on_change
         self.adapters = HeldAdapters(
             self.engine,
-            fetch,
+            host,
             limits,
             resolve=resolve,
             on_change=on_change,
             on_load=self.metrics.adapter_load.observe,
+            on_evict=self.metrics.evicted_from_host,
+            on_lookup=self.metrics.looked_up,
         )
-        self.metrics.observe(self.engine, self.requests, self.adapters)
+        self.metrics.observe(
+            self.engine, self.requests, self.adapters, self.facts.base, limits.max_sequences
+        )
         self._load: common_pb2.NodeLoad | None = None
         self._load_s = 0.0
 
@@ -105,10 +113,10 @@ class Node:
             total_pages=stats.pages_free + stats.pages_kv + stats.pages_adapter,
             kv_pages=stats.pages_kv,
             adapter_pages=stats.pages_adapter,
-            ttft_count=self.metrics.ttft_count,
-            ttft_seconds_sum=self.metrics.ttft_seconds_sum,
-            tbt_count=self.metrics.tbt_count,
-            tbt_seconds_sum=self.metrics.tbt_seconds_sum,
+            ttft_count=self.metrics.ttft.count,
+            ttft_seconds_sum=self.metrics.ttft.sum,
+            tbt_count=self.metrics.tbt.count,
+            tbt_seconds_sum=self.metrics.tbt.sum,
             rank_sum=rank_sum,
             max_rank=max_rank,
         )

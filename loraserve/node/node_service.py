@@ -82,7 +82,7 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
             load=node.load(),
             draining=node.draining,
             software_version=software_version(),
-            adapter_memory_bytes=node.limits.adapter_memory_bytes,
+            adapter_memory_bytes=node.adapters.memory_bytes,
         )
 
     @typed_errors

@@ -21,6 +21,10 @@ class LiveRequest:
         self.request_id = request_id
         self.attempt = attempt
         self.queued_prefill_tokens = 0
+        self.adapter = ""
+        """Its name; empty for the base model."""
+        self.answering = False
+        """Whether its first token is there."""
         self.rank = 0
         self.abort: Callable[[], None] | None = None
         self.task: asyncio.Task[None] | None = None
@@ -46,6 +50,11 @@ class LiveRequest:
     def end_after(self, seconds: float, error: LoraServeError) -> None:
         """Ends the request with `error` unless it is gone by then."""
         self._timers.append(asyncio.get_running_loop().call_later(seconds, self.end, error))
+
+    def answered(self) -> None:
+        """The engine has brought something of the answer."""
+        self.queued_prefill_tokens = 0
+        self.answering = True
 
     @contextlib.contextmanager
     def cut_off_after(self, seconds: float, error: LoraServeError) -> Iterator[None]:
@@ -90,8 +99,16 @@ class LiveRequests:
 
     @property
     def queued_prefill_tokens(self) -> int:
-        """Prompt tokens of requests that have brought no token yet."""
+        """Prompt tokens of requests that the engine has and that have brought no token yet."""
         return sum(request.queued_prefill_tokens for request in self._live.values())
+
+    def by_adapter(self) -> tuple[Counter[str], Counter[str]]:
+        """How many have their first token and how many wait for it, by adapter. For any thread."""
+        running: Counter[str] = Counter()
+        waiting: Counter[str] = Counter()
+        for request in list(self._live.values()):
+            (running if request.answering else waiting)[request.adapter] += 1
+        return running, waiting
 
     def ranks(self) -> tuple[int, int]:
         """Of the adapters of all requests: the sum, and the largest."""

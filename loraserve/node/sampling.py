@@ -51,6 +51,8 @@ def sampling_from_wire(message: common_pb2.SamplingParams, start_index: int) -> 
         raise InvalidArgumentError(
             "start_index", f"{start_index}: the answer of {max_tokens} tokens has ended"
         )
+    if message.prompt_logprobs and start_index:
+        raise InvalidArgumentError("prompt_logprobs", "came with the first token, which is there")
     # Of the whole answer, for the engine too: it counts the tokens that are there.
     min_tokens = int(values.pop("min_tokens", 0))
     if min_tokens > max_tokens:
@@ -63,5 +65,6 @@ def sampling_from_wire(message: common_pb2.SamplingParams, start_index: int) -> 
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        prompt_logprobs=message.prompt_logprobs,
         **values,  # type: ignore[arg-type]
     )

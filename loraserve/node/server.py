@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,23 +13,26 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from loraserve.checkpoint.durable_store import DurableStore
+from loraserve.checkpoint.packed_adapter import PackedAdapter
 from loraserve.errors import InvalidArgumentError, LoraServeError, UnavailableError
-from loraserve.node.engine_api import LoadedModel
+from loraserve.node.engine_api import LoadedModel, ServedEngine
+from loraserve.node.fetch import FETCH_GRACE_S, AdapterFetch
 from loraserve.node.heartbeat import ControllerClient, ControllerLink
 from loraserve.node.limits import Limits
 from loraserve.node.metrics import NodeMetrics
 from loraserve.node.node import Node
 from loraserve.node.node_service import NodeServicer
+from loraserve.node.peers.exports import Exports
+from loraserve.node.peers.peering import Peering, PeerOptions
+from loraserve.node.peers.servicer import SERVICE as PEER_SERVICE
+from loraserve.node.peers.servicer import PeerServicer, add_to_server
+from loraserve.node.pool.arena import HostArena
+from loraserve.node.pool.copies import HostCopies
+from loraserve.node.pool.disk_cache import DiskCache
+from loraserve.node.pool.options import PoolOptions, open_arena
+from loraserve.node.pool.slots import SLOT_HEADER_BYTES, HostPool
 from loraserve.node.servicer import InferenceServicer
-from loraserve.node.sources import (
-    AdapterFetch,
-    AdapterSource,
-    ControllerSource,
-    Packed,
-    PackedReader,
-    StoreSource,
-    read_packed,
-)
+from loraserve.node.sources import ControllerSource, LastingSource, StoreSource
 from loraserve.placement.types import AdapterId
 from loraserve.security import (
     DEFAULT_TENANT,
@@ -39,6 +43,7 @@ from loraserve.security import (
 )
 from loraserve.security.identity import check_base, check_name
 from loraserve.serving import Health, MetricsServer, serve_metrics
+from loraserve.tracing import Tracer
 from loraserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc, node_pb2, node_pb2_grpc
 from loraserve.wire import SERVER_OPTIONS, bearer_metadata, bind, dial, split_address
 
@@ -47,6 +52,7 @@ _log = logging.getLogger(__name__)
 SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     node_pb2.DESCRIPTOR.services_by_name["NodeService"].full_name,
+    PEER_SERVICE,
 )
 _WILDCARDS = ("0.0.0.0", "::")
 _STOP_GRACE_S = 1.0
@@ -72,10 +78,14 @@ class NodeOptions:
     tls: TlsFiles | None = None
     metrics_listen: str | None = None
     limits: Limits = field(default_factory=Limits)
+    pool: PoolOptions = field(default_factory=PoolOptions)
+    peers: PeerOptions = field(default_factory=PeerOptions)
     drain_timeout_s: float = 30.0
     devices: tuple[common_pb2.Device, ...] = ()
     relative_speed: float = 1.0
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    tracer: Tracer | None = None
+    """Closed with the node."""
 
 
 class NodeServer:
@@ -85,8 +95,7 @@ class NodeServer:
         self,
         options: NodeOptions,
         open_model: Callable[[], LoadedModel],
-        read_adapter: Callable[[Path], Packed],
-        reader: PackedReader = read_packed,
+        read_adapter: Callable[[Path], PackedAdapter],
     ) -> None:
         """`open_model` and `read_adapter` run in a thread. Raises LoraServeError for options that
         cannot work; nothing listens yet."""
@@ -103,7 +112,6 @@ class NodeServer:
         self._options = options
         self._open_model = open_model
         self._read_adapter = read_adapter
-        self._reader = reader
         self._gate = authenticator(options.listen, options.keys, options.tls)
         self._credentials = server_credentials(options.tls) if options.tls else None
         self._store = self._open_store(options.store)
@@ -111,6 +119,10 @@ class NodeServer:
         self._metrics_server: MetricsServer | None = None
         self._server: grpc.aio.Server | None = None
         self._channel: grpc.aio.Channel | None = None
+        self._arena: HostArena | None = None
+        self._pool: HostPool | None = None
+        self._peering: Peering | None = None
+        self._disk: DiskCache | None = None
         # Made, and ready: with the adapters that it starts with.
         self._made: Node | None = None
         self._node: Node | None = None
@@ -134,18 +146,28 @@ class NodeServer:
             raise UnavailableError("node", f"{self._options.node_id} is loading its model")
         return self._node
 
+    def _copies(self) -> HostPool:
+        if self._pool is None:
+            raise UnavailableError("node", f"{self._options.node_id} has no copies yet")
+        return self._pool
+
     async def start(self) -> None:
         """Listens, loads, serves. Health says SERVING when this returns. Raises LoraServeError;
         then `stop` is still to be called."""
         await self._listen()
         await self._connect()
+        self._arena = await asyncio.to_thread(open_arena, self._options.pool)
+        self._pool = HostPool(self._arena, time.monotonic)
+        self._disk = await asyncio.to_thread(self._open_disk_cache)
+        self._peering = await self._start_peering(self._pool)
         model = await asyncio.to_thread(self._open_model)
         _log.info(
             "model %s is loaded on %s: context %d, vocabulary %d",
             *(model.facts.base, model.engine.backend_name),
             *(model.facts.context_tokens, model.facts.vocabulary_size),
         )
-        self._made = node = self._make_node(model)
+        await self._lock_pages(self._arena, model.engine)
+        self._made = node = self._make_node(model, self._make_host(self._pool, self._peering))
         for name, path in self._options.adapters.items():
             await self._hold(node, name, path)
         self._node = node
@@ -154,6 +176,21 @@ class NodeServer:
             self._linking = asyncio.create_task(self._link.run())
         await self._health.tell(serving=True)
         _log.info("node %s serves on %s", self._options.node_id, self.address)
+
+    async def _lock_pages(self, arena: HostArena, engine: ServedEngine) -> None:
+        """A GPU copies adapters straight from the pool; where it cannot, by a copy more."""
+        memory = arena.view(0, arena.capacity_bytes)
+        begun = time.monotonic()
+        try:
+            arena.page_locked = await asyncio.to_thread(engine.register_host_memory, memory)
+        except LoraServeError as error:
+            _log.warning("the host pool is not page-locked, adapters install slower: %s", error)
+            return
+        if arena.page_locked:
+            _log.info(
+                "host pool: %d bytes are page-locked for the GPU, after %.1f s",
+                *(arena.capacity_bytes, time.monotonic() - begun),
+            )
 
     async def _hold(self, node: Node, name: str, path: Path) -> None:
         try:
@@ -171,6 +208,9 @@ class NodeServer:
         )
         node_pb2_grpc.add_NodeServiceServicer_to_server(
             NodeServicer(lambda: self.node), self._server
+        )
+        add_to_server(
+            PeerServicer(self._copies, lambda: self._exports, self._deadline_s), self._server
         )
         self._health = Health(SERVICES)
         await self._health.tell(serving=False)
@@ -192,29 +232,66 @@ class NodeServer:
         self._metadata = bearer_metadata(options.controller_key)
         self._client = ControllerClient(self._channel, options.base, self._metadata)
 
-    def _make_node(self, model: LoadedModel) -> Node:
-        sources: list[AdapterSource] = []
-        if self._store is not None:
-            sources.append(StoreSource(self._store))
-        if self._channel is not None:
-            sources.append(ControllerSource(self._channel, self._metadata))
-        limits = self._options.limits
-        _log.info(
-            "adapters come from: %s; transport: gRPC",
-            ", ".join(source.name for source in sources) or "the command line only",
+    @property
+    def _exports(self) -> Exports | None:
+        return self._peering.exports if self._peering else None
+
+    def _deadline_s(self, size_bytes: int) -> float:
+        """What a read from node to node may take."""
+        return FETCH_GRACE_S + size_bytes / self._options.pool.min_fetch_bytes_per_s
+
+    async def _start_peering(self, pool: HostPool) -> Peering:
+        return await Peering.start(
+            self._options.node_id,
+            pool,
+            self._options.peers,
+            self._deadline_s,
+            self.metrics.peer_read,
         )
+
+    def _make_node(self, model: LoadedModel, host: HostCopies) -> Node:
         return Node(
             self._options.node_id,
             model,
-            limits,
-            AdapterFetch(sources, limits.adapter_memory_bytes, self._reader),
+            self._options.limits,
+            host,
             metrics=self.metrics,
             resolve=self._client.resolve if self._channel is not None else None,
             devices=self._options.devices,
             relative_speed=self._options.relative_speed,
             drain_timeout_s=self._options.drain_timeout_s,
             on_change=self._changed,
+            tracer=self._options.tracer,
         )
+
+    def _open_disk_cache(self) -> DiskCache | None:
+        pool = self._options.pool
+        if pool.disk_cache is None:
+            return None
+        return DiskCache(
+            pool.disk_cache, pool.disk_cache_bytes, on_evict=self.metrics.evicted_from_disk
+        )
+
+    def _make_host(self, pool: HostPool, peering: Peering) -> HostCopies:
+        lasting: list[LastingSource] = []
+        if self._store is not None:
+            lasting.append(StoreSource(self._store))
+        if self._channel is not None:
+            lasting.append(ControllerSource(self._channel, self._metadata))
+        fetch = AdapterFetch(
+            lasting,
+            peers=peering.source,
+            disk=self._disk,
+            max_bytes=pool.capacity_bytes - SLOT_HEADER_BYTES,
+            verify=self._options.pool.verify,
+            min_bytes_per_s=self._options.pool.min_fetch_bytes_per_s,
+            on_result=self.metrics.source_result,
+        )
+        _log.info(
+            "adapters come from: %s; between nodes over: %s",
+            *(", ".join(fetch.names), peering.transports()),
+        )
+        return HostCopies(pool, fetch, self._disk)
 
     def _changed(self) -> None:
         if self._link is not None:
@@ -240,7 +317,15 @@ class NodeServer:
             await self._server.stop(_STOP_GRACE_S)
         if self._made is not None:
             await self._made.close()
+        if self._peering is not None:
+            await self._peering.close()
+        if self._disk is not None:
+            self._disk.close()
+        if self._arena is not None:
+            self._arena.close()
         if self._channel is not None:
             await self._channel.close()
         if self._metrics_server is not None:
             self._metrics_server.close()
+        if self._options.tracer is not None:
+            await asyncio.to_thread(self._options.tracer.close)

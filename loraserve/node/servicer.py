@@ -6,23 +6,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from loraserve.errors import (
-    CancelledError,
-    DeadlineExceededError,
-    LoraServeError,
-    UnimplementedError,
-)
+from loraserve.errors import CancelledError, DeadlineExceededError, LoraServeError
 from loraserve.node.answer import Answer
 from loraserve.node.convert import check_base_of_node, seconds
 from loraserve.node.engine_api import RequestStream
 from loraserve.node.held import HeldAdapter
+from loraserve.node.lane import Lane
 from loraserve.node.limits import check_request, stalled
 from loraserve.node.node import Node
+from loraserve.node.record import AttemptRecord
 from loraserve.node.requests import LiveRequest
 from loraserve.node.sampling import sampling_from_wire
+from loraserve.node.step_stream import StepStreamRun
 from loraserve.placement.types import AdapterId
 from loraserve.security import current_identity
 from loraserve.security.identity import check_name, check_revision
+from loraserve.tracing import Span
 from loraserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from loraserve.wire_errors import typed_errors
 
@@ -38,17 +37,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     @typed_errors
     async def StepStream(self, requests: Any, context: Any) -> None:  # type: ignore[override]
-        raise UnimplementedError("StepStream", "is not offered by this version; use Generate")
+        """Writes its responses itself, as Generate does."""
+        node, tenant = self._node(), current_identity().tenant
+
+        async def serve(request: inference_pb2.GenerateRequest, lane: Lane) -> None:
+            await self._counted(node, request, lane, tenant)
+
+        most = 2 * node.limits.max_requests
+        count = node.metrics.generated_tokens.inc
+        stall_s = node.limits.stall_timeout_s
+        await StepStreamRun(serve, node.load, context, stall_s, most, count).run(requests)
 
     @typed_errors
     async def Generate(  # type: ignore[override]
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> None:
         """Writes its responses itself: a cancelled RPC then ends in this very frame."""
-        node = self._node()
+        await self._counted(self._node(), request, context, current_identity().tenant)
+
+    async def _counted(
+        self, node: Node, request: inference_pb2.GenerateRequest, context: Any, tenant: str
+    ) -> None:
+        """`context` is that of an RPC or a Lane."""
         code = "INTERNAL"
+        record = AttemptRecord(request, tenant, node.node_id, _span(node, request, context))
         try:
-            await self._generate(node, request, context, current_identity().tenant)
+            await self._generate(node, request, context, tenant, record)
             code = "OK"
         except LoraServeError as error:
             code = error.code
@@ -58,9 +72,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise
         finally:
             node.metrics.requests.labels(code).inc()
+            record.end(code)
 
     async def _generate(
-        self, node: Node, request: inference_pb2.GenerateRequest, context: Any, tenant: str
+        self,
+        node: Node,
+        request: inference_pb2.GenerateRequest,
+        context: Any,
+        tenant: str,
+        record: AttemptRecord,
     ) -> None:
         arrival_s = time.monotonic()
         node.check_accepting()
@@ -70,29 +90,40 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         deadline_s = arrival_s + _time_left(request, context)
         live = node.requests.add(tenant, request.request_id, request.attempt)
         live.task = asyncio.current_task()
+        live.adapter = request.adapter.name
         live.end_after(
             deadline_s - time.monotonic(), DeadlineExceededError("deadline", "has passed")
         )
         held: HeldAdapter | None = None
         try:
             prompt_ids = await _prompt_ids(node, request)
-            live.queued_prefill_tokens = len(prompt_ids) + request.start_index
             if adapter is not None:
                 held = await _acquire(node, adapter, request, live, deadline_s)
                 live.rank = held.spec.max_rank
             left_s = _left(live, deadline_s)
             answer = Answer(node, request, params, len(prompt_ids), held, arrival_s)
-            stream = node.engine.submit(
-                prompt_ids + list(request.emitted_token_ids),
-                params,
-                held.engine_name if held else None,
-                request_id=live.engine_request_id,
-                priority=request.priority,
-                tenant=tenant,
-                timeout_s=left_s,
-                start_index=request.start_index,
-                loop=asyncio.get_running_loop(),
-            )
+            record.answer = answer
+            live.queued_prefill_tokens = len(prompt_ids) + request.start_index
+            prompt_ids += request.emitted_token_ids
+            about: dict[str, Any] = {
+                "adapter": held.engine_name if held else None,
+                "request_id": live.engine_request_id,
+                "priority": request.priority,
+                "tenant": tenant,
+                "timeout_s": left_s,
+                "start_index": request.start_index,
+            }
+            if isinstance(context, Lane) and context.number:
+                lane, sink = context, context.sink
+                with answer:
+                    await lane.serve(
+                        lambda: node.engine.submit_to(sink, lane, prompt_ids, params, **about),
+                        answer,
+                        live,
+                    )
+                return
+            loop = asyncio.get_running_loop()
+            stream = node.engine.submit(prompt_ids, params, loop=loop, **about)
             await _write(stream, answer, live, context, node.limits.stall_timeout_s)
         except asyncio.CancelledError:
             if live.cut_off:
@@ -102,6 +133,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             if held is not None:
                 node.adapters.release(held, live)
             node.requests.remove(live)
+
+
+def _span(node: Node, request: inference_pb2.GenerateRequest, context: Any) -> Span | None:
+    """Of an attempt, where the node is to trace."""
+    if node.tracer is None:
+        return None
+    parent = request.traceparent
+    if not parent and not isinstance(context, Lane):
+        metadata = context.invocation_metadata() or ()
+        parent = next((str(v) for k, v in metadata if k == "traceparent"), "")
+    about: dict[str, str | int] = {
+        "loraserve.request": request.request_id[:128],
+        "loraserve.attempt": request.attempt,
+        "loraserve.node": node.node_id,
+        "gen_ai.request.model": request.adapter.name or node.facts.base,
+    }
+    return node.tracer.serve("generate", parent, about)
 
 
 async def _write(
@@ -115,10 +163,10 @@ async def _write(
             async for chunk in chunks:
                 if chunk.finish_reason == "cancelled" and live.ended_by is not None:
                     raise live.ended_by
-                response = answer.response(chunk)
-                with live.cut_off_after(stall_s, too_slow):
-                    await context.write(response)
-                live.queued_prefill_tokens = 0
+                for response in answer.responses(chunk):
+                    with live.cut_off_after(stall_s, too_slow):
+                        await context.write(response)
+                live.answered()
 
 
 def _adapter(ref: common_pb2.AdapterRef, tenant: str, served_base: str) -> AdapterId | None:

@@ -8,23 +8,16 @@ rests on next to no requests, is forgotten until the adapter is active again.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
+from loraserve.placement.arrays import Floats
+from loraserve.placement.rates import UNKNOWN, Rates, smooth
 from loraserve.placement.shrinkage import shrunk
 from loraserve.placement.types import AdapterId, Demand
 
-# Of the newest window, for an adapter with many requests in it and for sums over ranks; the rest of
-# the weight is that of the rate before.
-NEWEST_WEIGHT = 0.8
-# An adapter with so many requests in a window gives the newest one half of that weight: what few
-# requests say is mostly chance. None gives it less than LEAST_WEIGHT.
-HALF_TRUSTED = 10.0
-LEAST_WEIGHT = 0.1
-# So many standard deviations of a Poisson count from the forecast are no chance: full weight.
-SURPRISE = 6.0
 # Rates below this, tokens/s, count as none: less than one token in a minute and a half.
 FLOOR = 0.01
 # An adapter with at least this part of all tokens is hot, and gets headroom.
@@ -38,43 +31,6 @@ LEAST_REQUESTS = 0.05
 LEAST_UNSEEN, MOST_UNSEEN = 0.02, 0.9
 # What one sample may say at most, tokens: more is rubbish.
 MOST_TOKENS = 1e15
-
-
-@dataclass
-class _Rate:
-    prefill: float = 0.0
-    decode: float = 0.0
-    deviation: float = 0.0
-    """Mean absolute error of the forecast of their sum."""
-    requests: float = 0.0
-    """In a usual window: samples with prefill, so at most one for each node and heartbeat."""
-    seen: float = 0.0
-    """Requests that the rates rest on: a count whose weights fall as those of the rates do."""
-
-    def update(
-        self, prefill: float, decode: float, requests: int, scale: float, part: float
-    ) -> None:
-        """By the tokens/s of a window that is this part of a usual one, and its requests; `scale`
-        makes the forecast of the rate."""
-        tokens, before = prefill + decode, self.prefill + self.decode
-        self.deviation = _smooth(self.deviation, abs(tokens - scale * before))
-        weight = self._weight(tokens, before, part)
-        self.prefill = _smooth(self.prefill, prefill, weight)
-        self.decode = _smooth(self.decode, decode, weight)
-        self.requests = _smooth(self.requests, requests / part, weight)
-        self.seen = (1 - weight) * self.seen + requests
-
-    def _weight(self, tokens: float, before: float, part: float) -> float:
-        """Of a window with so many tokens/s."""
-        if not before or not self.requests:
-            return NEWEST_WEIGHT
-        expected = self.requests * part
-        # In requests of the usual size; n of them are off by sqrt(n).
-        came = expected * tokens / before
-        if abs(came - expected) > SURPRISE * max(1.0, expected) ** 0.5:
-            return NEWEST_WEIGHT
-        trusted = NEWEST_WEIGHT * expected / (expected + HALF_TRUSTED)
-        return max(LEAST_WEIGHT * part, trusted)
 
 
 class DemandTracker:
@@ -93,13 +49,12 @@ class DemandTracker:
         all are usual."""
         self.ignored = 0
         self._window_s = window_s
-        self._rates: dict[AdapterId, _Rate] = {}
+        self._rates = Rates()
         self._prefill: dict[AdapterId, float] = {}
         self._decode: dict[AdapterId, float] = {}
         self._requests: dict[AdapterId, int] = {}
         self._rank_rates: dict[int, Demand] = {}
         self._unseen: dict[int, float] = {}
-        self._factors: dict[AdapterId, float] = {}
         self._ranks: dict[AdapterId, int] = {}
         self._of_rank: dict[int, int] = {}
         self._new: dict[AdapterId, float] = {}
@@ -112,6 +67,7 @@ class DemandTracker:
         else:
             self._new[adapter] = PRIOR_WINDOWS
         self._ranks[adapter] = rank
+        self._rates.told_rank(adapter, rank)
         self._of_rank[rank] = self._of_rank.get(rank, 0) + 1
 
     def forget(self, adapter: AdapterId) -> None:
@@ -119,7 +75,8 @@ class DemandTracker:
         if adapter in self._ranks:
             self._leave_rank(adapter)
             del self._ranks[adapter]
-        for held in (self._rates, self._prefill, self._decode, self._requests, self._new):
+        self._rates.forget(adapter)
+        for held in (self._prefill, self._decode, self._requests, self._new):
             held.pop(adapter, None)
 
     def _leave_rank(self, adapter: AdapterId) -> None:
@@ -164,87 +121,74 @@ class DemandTracker:
             return False
         seconds = now_s - last
         part = min(1.0, seconds / self._window_s) if self._window_s else 1.0
-        factors = self._factors
-        first_seen = [a for a in self._prefill if a not in self._rates]
-        for adapter in self._prefill:
-            self._new.pop(adapter, None)
-            self._rates.setdefault(adapter, _Rate())
-        gone = []
-        of_rank: dict[int, list[float]] = {}
-        for adapter, rate in self._rates.items():
-            prefill = self._prefill.get(adapter, 0.0) / seconds
-            decode = self._decode.get(adapter, 0.0) / seconds
-            requests = self._requests.get(adapter, 0)
-            rank = self._ranks.get(adapter, 0)
-            rate.update(prefill, decode, requests, factors.get(adapter, 1.0), part)
-            if rate.prefill + rate.decode < FLOOR or (
-                rate.requests < LEAST_REQUESTS and adapter not in self._prefill
-            ):
-                gone.append(adapter)
-            sums = of_rank.setdefault(rank, [0.0, 0.0])
-            sums[0] += prefill
-            sums[1] += decode
-        self._note_unseen(first_seen, of_rank, seconds)
-        for adapter in gone:
-            del self._rates[adapter]
-        none = Demand()
+        rates = self._rates
+        known = len(rates)
+        # The three have the same adapters in the same order.
+        rows = rates.rows(self._prefill, self._ranks)
+        prefill = rates.spread(rows, self._prefill.values()) / seconds
+        decode = rates.spread(rows, self._decode.values()) / seconds
+        requests = rates.spread(rows, self._requests.values())
+        rates.update(prefill, decode, requests, part)
+        kinds, of = np.unique(rates.rank, return_inverse=True)
+        sums = [np.bincount(of, column, len(kinds)) for column in (prefill, decode)]
+        once = np.where(requests == 1, prefill + decode, 0.0)
+        once[:known] = 0.0
+        newcomers = np.bincount(of, once, len(kinds)) / np.maximum(sums[0] + sums[1], FLOOR)
+        self._note_unseen(kinds.tolist(), newcomers.tolist())
+        none, before = Demand(), self._rank_rates
         self._rank_rates = {
-            rank: Demand(_smooth(old.prefill, prefill), _smooth(old.decode, decode))
-            for rank, (prefill, decode) in of_rank.items()
-            for old in [self._rank_rates.get(rank, none)]
+            rank: Demand(smooth(old.prefill, prefill), smooth(old.decode, decode))
+            for rank, prefill, decode in zip(
+                kinds.tolist(), sums[0].tolist(), sums[1].tolist(), strict=True
+            )
+            for old in [before.get(rank, none)]
         }
-        self._new = {a: left - part for a, left in self._new.items() if left > part}
+        wanted = rates.column("requests") >= LEAST_REQUESTS
+        wanted[rows] = True
+        rates.keep(wanted & (rates.tokens >= FLOOR))
+        self._new = {
+            a: left - part
+            for a, left in self._new.items()
+            if left > part and a not in self._prefill
+        }
         self._prefill, self._decode, self._requests = {}, {}, {}
-        self._factors = self._forecast()
+        rates.column("factor")[:] = self._forecast()
         return True
 
-    def _note_unseen(
-        self, first_seen: list[AdapterId], of_rank: Mapping[int, list[float]], seconds: float
-    ) -> None:
-        once: dict[int, float] = {}
-        for adapter in first_seen:
-            if self._requests.get(adapter, 0) == 1:
-                tokens = self._prefill[adapter] + self._decode[adapter]
-                rank = self._ranks.get(adapter, 0)
-                once[rank] = once.get(rank, 0.0) + tokens / seconds
-        for rank, sums in of_rank.items():
-            part = once.get(rank, 0.0) / max(sum(sums), FLOOR)
-            self._unseen[rank] = _smooth(self._unseen.get(rank, part), part)
+    def _note_unseen(self, ranks: list[int], newcomers: list[float]) -> None:
+        """`newcomers`: the part of each rank's tokens that adapters got which were seen for the
+        first time, and once."""
+        for rank, part in zip(ranks, newcomers, strict=True):
+            self._unseen[rank] = smooth(self._unseen.get(rank, part), part)
 
     def _idle_parts(self) -> dict[int, tuple[float, int]]:
         """By rank: the part of its tokens that its idle adapters share, and their number."""
-        idle = dict(self._of_rank)
-        for adapter in (*self._rates, *self._new):
-            rank = self._ranks.get(adapter)
-            if rank is not None:
-                idle[rank] -= 1
+        idle = Counter(self._of_rank)
+        ranks = self._rates.column("rank")
+        kinds, counts = np.unique(ranks[ranks != UNKNOWN], return_counts=True)
+        idle.subtract(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
+        idle.subtract(Counter(self._ranks[a] for a in self._new))
         return {
             rank: (min(part, MOST_UNSEEN), idle[rank])
             for rank, part in self._unseen.items()
-            if part >= LEAST_UNSEEN and idle.get(rank, 0) > 0
+            if part >= LEAST_UNSEEN and idle[rank] > 0
         }
 
-    def _forecast(self) -> dict[AdapterId, float]:
-        """By adapter: what its rate is multiplied with. Rates are drawn to what is usual for their
-        rank, and sum to the rank's, less what idle adapters are expected to get."""
-        held = self._rates.values()
-        tokens = np.array([r.prefill + r.decode for r in held])
-        rank = np.array([self._ranks.get(a, 0) for a in self._rates], np.int64)
-        factor = shrunk(
-            tokens,
-            np.array([r.requests for r in held]),
-            np.array([r.seen for r in held]),
-            rank,
-        )
+    def _forecast(self) -> Floats:
+        """[rows]: what rates are multiplied with. Rates are drawn to what is usual for their rank,
+        and sum to the rank's, less what idle adapters are expected to get."""
+        rates, rank = self._rates, self._rates.rank
+        tokens = rates.tokens
+        factor = shrunk(tokens, rates.column("requests"), rates.column("seen"), rank)
         unseen = self._idle_parts()
-        for value in set(rank.tolist()):
+        for value in np.unique(rank).tolist():
             known = self._rank_rates.get(value, Demand())
             part, _ = unseen.get(value, (0.0, 0))
             of_rank = rank == value
             total = float((tokens * factor)[of_rank].sum())
             if total > 0:
                 factor[of_rank] *= (1 - part) * (known.prefill + known.decode) / total
-        return dict(zip(self._rates, factor.tolist(), strict=True))
+        return factor
 
     def idle(self) -> dict[int, Demand]:
         """By rank: what each of its adapters that `demand` does not name is expected to get; ranks
@@ -258,43 +202,45 @@ class DemandTracker:
     @property
     def rates(self) -> Mapping[AdapterId, Demand]:
         """Smoothed tokens per second, without headroom, of adapters over the floor."""
-        factors = self._factors
-        return {
-            a: Demand(r.prefill * factors[a], r.decode * factors[a]) for a, r in self._rates.items()
-        }
+        return self._demands(*self._forecasts())
+
+    def _forecasts(self) -> tuple[Floats, Floats]:
+        """[rows], prefill and decode."""
+        factor = self._rates.column("factor")
+        return self._rates.column("prefill") * factor, self._rates.column("decode") * factor
+
+    def _demands(self, prefill: Floats, decode: Floats) -> dict[AdapterId, Demand]:
+        pairs = zip(prefill.tolist(), decode.tolist(), strict=True)
+        return dict(zip(self._rates.adapters, map(Demand._make, pairs), strict=True))
 
     def demand(self) -> dict[AdapterId, Demand]:
         """What to place for: rates, headroom for the hot, the prior for the new."""
-        rates = self.rates
-        total = sum(r.prefill + r.decode for r in rates.values())
-        made = {}
-        sums: dict[int, list[float]] = {}
-        for adapter, rate in rates.items():
-            tokens = rate.prefill + rate.decode
-            grown = 1.0
-            if tokens > 0 and tokens >= HOT_PART * total:
-                grown += self._rates[adapter].deviation / tokens
-            made[adapter] = Demand(rate.prefill * grown, rate.decode * grown)
-            of_rank = sums.setdefault(self._ranks.get(adapter, 0), [0.0, 0.0])
-            of_rank[0] += rate.prefill
-            of_rank[1] += rate.decode
+        prefill, decode = self._forecasts()
+        tokens = prefill + decode
+        hot = (tokens > 0) & (tokens >= HOT_PART * tokens.sum())
+        grown = np.ones(len(tokens))
+        grown[hot] += self._rates.column("deviation")[hot] / tokens[hot]
+        made = self._demands(prefill * grown, decode * grown)
+        kinds, of = np.unique(self._rates.rank, return_inverse=True)
+        sums = [np.bincount(of, column, len(kinds)).tolist() for column in (prefill, decode)]
+        of_rank = dict(zip(kinds.tolist(), map(Demand._make, zip(*sums, strict=True)), strict=True))
+        priors = {rank: self._prior(rank, of_rank) for rank in self._of_rank}
         for adapter in self._new:
-            if adapter not in made:
-                prior = self._prior(adapter, sums)
-                if prior.prefill + prior.decode >= FLOOR:
-                    made[adapter] = prior
+            prior = priors[self._ranks[adapter]]
+            if adapter not in made and prior.prefill + prior.decode >= FLOOR:
+                made[adapter] = prior
         return made
 
-    def _prior(self, adapter: AdapterId, sums: Mapping[int, list[float]]) -> Demand:
-        """The mean of the adapters of its rank; of all, where it is the first of its rank."""
-        rank = self._ranks[adapter]
-        of_rank = self._of_rank[rank]
-        if rank in sums and of_rank > 1:
+    def _prior(self, rank: int, sums: Mapping[int, Demand]) -> Demand:
+        """The mean of the rank's adapters; of all, for the first of its rank."""
+        others = self._of_rank[rank] - 1
+        if rank in sums and others:
             prefill, decode = sums[rank]
-            return Demand(prefill / (of_rank - 1), decode / (of_rank - 1))
+            return Demand(prefill / others, decode / others)
         count = max(1, len(self._ranks) - 1)
         return Demand(
-            sum(s[0] for s in sums.values()) / count, sum(s[1] for s in sums.values()) / count
+            sum(s.prefill for s in sums.values()) / count,
+            sum(s.decode for s in sums.values()) / count,
         )
 
 
@@ -315,7 +261,3 @@ def bursts(
         if tokens > times * expected and tokens - expected >= at_least:
             found.append(adapter)
     return sorted(found)
-
-
-def _smooth(old: float, newest: float, weight: float = NEWEST_WEIGHT) -> float:
-    return weight * newest + (1 - weight) * old

@@ -46,6 +46,14 @@ RELABEL_UP_TO = 128
 @by_base
 def rank_aware(p: Columns) -> Plan:
     """See the module."""
+    plan = _planned(p)
+    if p.replicas < 2 and not plan.reasons:
+        return plan
+    # What moved last left room, for a copy or for an adapter that had none.
+    return settle(p, plan.entries, spread_idle=True)
+
+
+def _planned(p: Columns) -> Plan:
     level = fill_level(p)
     if not len(p.current):
         return _fresh(p, level)

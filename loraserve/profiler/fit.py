@@ -91,7 +91,8 @@ class _Table:
         return np.column_stack([self.linear, over, spilled])
 
 
-def _nnls() -> Any:
+def nnls_function() -> Any:
+    """scipy's. Raises FailedPreconditionError where it is missing."""
     try:
         from scipy.optimize import nnls
     except ImportError:
@@ -139,7 +140,7 @@ def _fit_at(table: _Table, used: Sequence[str], places: Places) -> tuple[float, 
     scale = np.linalg.norm(relative, axis=0)
     present = scale > 0
     solution = np.zeros(len(columns))
-    found, residual = _nnls()(relative[:, present] / scale[present], table.weights)
+    found, residual = nnls_function()(relative[:, present] / scale[present], table.weights)
     solution[present] = found / scale[present]
     values = dict.fromkeys(COEFFICIENTS, 0.0) | dict(zip(_PLACES, places, strict=True))
     values.update({COEFFICIENTS[c]: float(v) for c, v in zip(columns, solution, strict=True)})

@@ -9,7 +9,14 @@ from typing import Any, Literal
 from loraserve.engine import Engine, EngineConfig
 from loraserve.placement.cost_model import CostModel, Profile, Slo
 from loraserve.placement.operating_point import LengthMix, operating_points
-from loraserve.profiler.fit import COEFFICIENTS, FitReport, Point, cross_validate, fit_cost_model
+from loraserve.profiler.fit import (
+    COEFFICIENTS,
+    FitReport,
+    Point,
+    cross_validate,
+    fit_cost_model,
+    nnls_function,
+)
 from loraserve.profiler.sweep import Grid, Sweep, scenarios
 
 # Parts of the points that are held out in turn to know the error; the profile is fitted on all.
@@ -47,7 +54,8 @@ def measure(
     options: ProfileOptions, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Measured:
     """Takes minutes. `on_progress` is called with scenarios done and in all. Raises
-    LoraServeError."""
+    LoraServeError; before it measures anything, FailedPreconditionError where scipy is missing."""
+    nnls_function()
     config = EngineConfig(
         model=options.model,
         device=options.device,

@@ -14,8 +14,7 @@ from statistics import fmean, median, quantiles
 
 import numpy as np
 
-from loraserve.engine import Engine
-from loraserve.engine.core import RequestHandle
+from loraserve.engine import Engine, RequestHandle
 from loraserve.engine.stats import StepRecord
 from loraserve.errors import FailedPreconditionError
 from loraserve.placement.cost_model import StepLoad

@@ -4,7 +4,12 @@ from loraserve.security.access import ACCESS, AccessInterceptor, current_identit
 from loraserve.security.identity import DEFAULT_TENANT, Identity, Role
 from loraserve.security.keys import KeyRing, create_key
 from loraserve.security.policy import authenticator, check_exposure
-from loraserve.security.tls import TlsFiles, channel_credentials, server_credentials
+from loraserve.security.tls import (
+    TlsFiles,
+    channel_credentials,
+    client_context,
+    server_credentials,
+)
 
 __all__ = [
     "ACCESS",
@@ -17,6 +22,7 @@ __all__ = [
     "authenticator",
     "channel_credentials",
     "check_exposure",
+    "client_context",
     "create_key",
     "current_identity",
     "server_credentials",

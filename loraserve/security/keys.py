@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,17 +103,24 @@ def _ends_its_line(path: Path) -> bool:
         return file.read() in (b"", b"\n")
 
 
-def create_key(path: Path, name: str, tenant: str, role: Role) -> str:
+def create_key(path: Path, name: str, tenant: str, role: Role, key: str | None = None) -> str:
     """Makes a key, appends its hash to the key file (made with mode 0600) and returns the key.
 
+    `key`: one that the caller has made; a hash of one that can be guessed can be searched.
+
     The key is stored nowhere: who calls must show or keep it.
-    Raises InvalidArgumentError (bad name, name taken) and OSError.
+    Raises InvalidArgumentError (bad name, name taken, bad key) and OSError.
     """
     check_name("name", name)
     check_name("tenant", tenant)
     if path.exists() and path.stat().st_size and name in KeyRing.load(path).names:
         raise InvalidArgumentError("name", f"{name!r} has a key in {path} already")
-    key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
+    if key is None:
+        key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
+    elif not 8 <= len(key) <= MAX_KEY_CHARACTERS or not re.fullmatch(r"[!-~]+", key):
+        raise InvalidArgumentError(
+            "key", f"needs 8 to {MAX_KEY_CHARACTERS} characters of ASCII, without spaces"
+        )
     entry = {"name": name, "tenant": tenant, "role": role.value, "sha256": _digest(key)}
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "a", encoding="utf-8") as file:

@@ -55,6 +55,17 @@ def _check(files: TlsFiles, ca_field: str) -> None:
             ) from None
 
 
+def client_context(files: TlsFiles) -> ssl.SSLContext:
+    """As `channel_credentials`, for a connection of HTTP/2 that gRPC does not make itself."""
+    _check(files, "tls-ca")
+    context = ssl.create_default_context(cafile=files.ca)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    if files.cert is not None and files.key is not None:
+        context.load_cert_chain(files.cert, files.key)
+    return context
+
+
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     """Raises InvalidArgumentError that names the file."""
     cert, key = _read("tls-cert", files.cert), _read("tls-key", files.key)

@@ -10,33 +10,36 @@ from dataclasses import asdict
 from pathlib import Path
 
 from loraserve.placement.policies import DEFAULT_POLICY, POLICIES
-from loraserve.sim.claims_cases import ENGINES, FAMILY, FULL, QUICK, Plan
+from loraserve.sim.claims_cases import ENGINES, FAMILY, FULL, QUICK, Case, Plan
 from loraserve.sim.claims_report import write_report
 from loraserve.sim.claims_runs import BIN_S, Row, Sweep, flat_scale, run_sweep
-from loraserve.sim.plots import write_plots
+from loraserve.sim.plots import pyplot_module, write_plots
 
 
 def sweeps_of(plan: Plan) -> list[Sweep]:
     """In an order in which sweeps over the same workload follow each other."""
+
+    def sweep(kind: str, case: Case, engine: str, policy: str, scale: float = 1.0) -> Sweep:
+        loads = case.loads or plan.loads
+        points = tuple(plan.node_counts) if kind == "nodes" else loads
+        duration_s = case.duration_s or plan.duration_s
+        return Sweep(kind, case, engine, policy, points, duration_s, plan.interval_s, scale)
+
     sweeps = []
     by_name = {case.name: case for case in plan.cases}
-    times = (plan.duration_s, plan.interval_s)
     policies = sorted(POLICIES)
     for case in plan.cases:
         for engine in ENGINES:
             for policy in policies:
-                sweeps.append(Sweep("load", case, engine, policy, plan.loads, *times))
+                sweeps.append(sweep("load", case, engine, policy))
     for name in plan.node_cases:
         for engine in ENGINES:
             for policy in policies:
-                counts = plan.node_counts
-                sweeps.append(Sweep("nodes", by_name[name], engine, policy, counts, *times))
+                sweeps.append(sweep("nodes", by_name[name], engine, policy))
     for name in plan.sensitive:
         for scale in (flat_scale(), *plan.scales):
             for policy in policies:
-                sweeps.append(
-                    Sweep("load", by_name[name], "padded", policy, plan.loads, *times, scale)
-                )
+                sweeps.append(sweep("load", by_name[name], "padded", policy, scale))
     return sweeps
 
 
@@ -62,7 +65,8 @@ def run_claims(
     quick: bool, workers: int, output: Path, say: Callable[[str], None] = lambda _: None
 ) -> Path:
     """Runs the plan and writes placement.json, plots and placement.md into `output`; the report's
-    path."""
+    path. Raises FailedPreconditionError, before it runs anything, where matplotlib is missing."""
+    pyplot_module()
     plan = QUICK if quick else FULL
     output.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()

@@ -5,8 +5,12 @@ the token budget. Between two events nothing but context lengths changes, so k d
 row are one event: the time of a step is linear in the context, the time of k steps quadratic in k.
 An event ends where the contexts outgrow the cache, as steps get longer at another pace from there.
 
-Left out of the engine's scheduler: priorities, the prefix cache, and blocks (the KV cache is
-counted in tokens).
+Adapters are installed beside the steps, one after another; who waits for one joins the first step
+that begins when it is there.
+
+Left out of the engine's scheduler: priorities, the prefix cache, blocks (the KV cache is counted in
+tokens), prefetching, turns among adapters that do not fit, and what an install costs the steps
+beside it.
 """
 
 import heapq
@@ -25,11 +29,10 @@ from loraserve.sim.step_sums import StepSums
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`max_step_install_bytes`: packed bytes from host memory into the engine's pages in one step,
-    or one larger adapter; 0 is no limit. `max_jump`: steps that one event may stand for."""
+    """`max_install_bytes`: packed bytes on their way from host memory into the engine's pages, the
+    largest adapter left out. `max_jump`: steps that one event may stand for."""
 
-    max_step_installs: int = 4
-    max_step_install_bytes: int = 32 << 20
+    max_install_bytes: int = 64 << 20
     max_step_adapter_bytes: int = 0
     max_jump: int = 1 << 30
 
@@ -88,6 +91,8 @@ class NodeEngine:
         self._chunks: list[tuple[SimSequence, int]] = []
         # No newcomer can get in before something ends.
         self._full = False
+        # When adapters that are being installed will be there.
+        self._installing: dict[int, float] = {}
 
     # What the owner sees
 
@@ -128,13 +133,14 @@ class NodeEngine:
                 f"{needed} tokens with output and adapter: the KV cache has {self.memory.capacity}",
             )
         self.queue.add(sequence)
-        if self.end_s is None:
+        if self.end_s is None or not self._steps:
             self._begin(now_s)
         elif self._steps > 1 and not self._full and self.running < self._profile.max_sequences:
             self._cut(now_s)
 
     def complete(self, now_s: float) -> None:
-        """The steps under way are done: `now_s` is `end_s`."""
+        """The steps under way are done, or an install is that all waited for: `now_s` is
+        `end_s`."""
         self._take_steps(now_s, self._steps)
         for sequence, count in self._chunks:
             sequence.computed += count
@@ -192,7 +198,7 @@ class NodeEngine:
         """Plans the next step or steps, if there is anything to run."""
         self._chunks = []
         self._full = False
-        more_with_next = False
+        self.end_s = None
         preempted = self._make_decode_room(now_s)
         budget = self._profile.max_batch_tokens - self._sums.decoding
         for sequence in self._prefilling:
@@ -201,27 +207,35 @@ class NodeEngine:
             count = min(sequence.tokens - sequence.computed, budget)
             self._chunks.append((sequence, count))
             budget -= count
-        install_s = 0.0
+        for adapter in [a for a, ready_s in self._installing.items() if ready_s <= now_s]:
+            del self._installing[adapter]
+            self.memory.unpin(adapter)
         if self.queue.heads and not preempted:
-            install_s, more_with_next = self._admit(budget)
+            self._admit(now_s, budget)
         decoding = self._sums.decoding
+        next_s = min(self._installing.values(), default=math.inf)
         if not decoding and not self._chunks:
+            self._steps = 0
+            if self._installing:
+                self.end_s = self._start_s = next_s
             return
         self._start_s = now_s
         self._steps = 1
         if self._chunks:
             self._slope_s = 0.0
-            self._first_s = self._sums.mixed_step_s(self._chunks) + install_s
+            self._first_s = self._sums.mixed_step_s(self._chunks)
             self.end_s = now_s + self._first_s
             return
         self._slope_s, in_a_row = self._sums.decode_run()
-        if not more_with_next and not install_s:
-            steps = min(self._next_finish() - self.steps, in_a_row)
-            if self.memory.capacity:
-                steps = min(steps, self.memory.free // decoding)
-            self._steps = max(1, min(steps, self._settings.max_jump))
-        self._first_s = self._sums.decode_step_s() + install_s
+        # After a preemption, newcomers get in with the next step at the earliest.
+        steps = 1 if preempted else min(self._next_finish() - self.steps, in_a_row)
+        if self.memory.capacity:
+            steps = min(steps, self.memory.free // decoding)
+        self._steps = max(1, min(steps, self._settings.max_jump))
+        self._first_s = self._sums.decode_step_s()
         self.end_s = now_s + self._span(self._steps)
+        if self.end_s > next_s:
+            self._cut(next_s)
 
     def _next_finish(self) -> int:
         """The step in which the next decoding sequence ends."""
@@ -253,26 +267,15 @@ class NodeEngine:
 
     # Admission and memory
 
-    def _admit(self, budget: int) -> tuple[float, bool]:
-        """Newcomers for the step: seconds that installing their adapters takes, and whether more
-        could come with the next step."""
-        queue, memory, sizes = self.queue, self.memory, self._adapters.sizes
-        installs = installed_bytes = 0
-        more_with_next = False
+    def _admit(self, now_s: float, budget: int) -> None:
+        """Newcomers for the step; begins installs for those whose adapters are not there."""
+        queue, memory = self.queue, self.memory
         while queue.heads and budget > 0 and self.running < self._profile.max_sequences:
             sequence = queue.first()
             adapter = sequence.adapter
-            if adapter != BASE_ONLY and not memory.holds(adapter):
-                if not self._may_install(installs, installed_bytes + sizes[adapter]):
-                    more_with_next = True
-                    queue.set_aside()
-                    continue
-                if not self._fits_step(adapter) or not memory.install(adapter):
-                    queue.set_aside()
-                    continue
-                installs += 1
-                installed_bytes += sizes[adapter]
-            elif adapter != BASE_ONLY and not self._fits_step(adapter):
+            if adapter != BASE_ONLY and not (
+                self._ready(now_s, adapter) and self._fits_step(adapter)
+            ):
                 queue.set_aside()
                 continue
             memory.pin(adapter)
@@ -290,15 +293,29 @@ class NodeEngine:
             self._chunks.append((sequence, count))
             budget -= count
         queue.bring_back()
-        self.installs += installs
-        self.installed_bytes += installed_bytes
-        return installed_bytes * self._profile.install_byte_s, more_with_next
 
-    def _may_install(self, installs: int, with_next_bytes: int) -> bool:
-        """One more in this step."""
-        limit = self._settings.max_step_install_bytes
-        within = not installs or not limit or with_next_bytes <= limit
-        return within and installs < self._settings.max_step_installs
+    def _ready(self, now_s: float, adapter: int) -> bool:
+        """Whether the adapter is there; if not, its install begins where that is possible."""
+        if adapter in self._installing:
+            return False
+        if self.memory.holds(adapter):
+            return True
+        sizes = self._adapters.sizes
+        under_way = [sizes[a] for a in (adapter, *self._installing)]
+        if sum(under_way) - max(under_way) > self._settings.max_install_bytes:
+            return False
+        if not self.memory.install(adapter):
+            return False
+        size = sizes[adapter]
+        self.installs += 1
+        self.installed_bytes += size
+        begin_s = max(now_s, max(self._installing.values(), default=0.0))
+        ready_s = begin_s + size * self._profile.install_byte_s
+        if ready_s <= now_s:
+            return True
+        self._installing[adapter] = ready_s
+        self.memory.pin(adapter)
+        return False
 
     def _fits_step(self, adapter: int) -> bool:
         """Within the limit of distinct adapter bytes that a step touches."""

@@ -10,9 +10,8 @@ from loraserve.sim.claims_measures import WITHIN, Row, select, values
 _STYLES = ("-o", "-s", "-^", "-v", "-D", "-P", "-X", "-*")
 
 
-def write_plots(rows: Sequence[Row], output: Path) -> list[Path]:
-    """One file for each engine and measure, a panel for each workload. Raises
-    FailedPreconditionError where matplotlib is missing."""
+def pyplot_module() -> Any:
+    """matplotlib's, without a screen. Raises FailedPreconditionError where it is missing."""
     try:
         import matplotlib
 
@@ -22,6 +21,13 @@ def write_plots(rows: Sequence[Row], output: Path) -> list[Path]:
         raise FailedPreconditionError(
             "plots", "they need matplotlib: pip install 'loraserve[sim]'"
         ) from None
+    return pyplot
+
+
+def write_plots(rows: Sequence[Row], output: Path) -> list[Path]:
+    """One file for each engine and measure, a panel for each workload. Raises
+    FailedPreconditionError where matplotlib is missing."""
+    pyplot = pyplot_module()
     paths = []
     loads = select(rows, kind="load", scale=1.0)
     for engine in values(loads, "engine"):

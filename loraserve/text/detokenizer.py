@@ -61,6 +61,15 @@ class Detokenizer:
 
     def _text_of(self, ids: list[int]) -> str:
         """What `ids` add behind the context."""
+        if len(ids) == 1 and len(self._context) == 1:
+            pair = self._context[0], ids[0]
+            text = self._tokenizer.texts_of_pairs.get(pair)
+            if text is None:
+                text = self._tokenizer.texts_of_pairs.put(pair, self._decoded(ids))
+            return text
+        return self._decoded(ids)
+
+    def _decoded(self, ids: list[int]) -> str:
         full = self._tokenizer.decode(self._context + ids)
         if full.startswith(self._context_text):
             return full[len(self._context_text) :]
@@ -89,7 +98,14 @@ class Detokenizer:
         # Byte tokens in a row are decoded as one: they are context only if there is nothing else.
         if not (byte_tokens_only and self._context):
             self._context = released
-            self._context_text = self._tokenizer.decode(released)
+            self._context_text = self._context_text_of(released)
+
+    def _context_text_of(self, ids: list[int]) -> str:
+        if len(ids) != 1:
+            return self._tokenizer.decode(ids)
+        texts = self._tokenizer.texts_of_tokens
+        text = texts.get(ids[0])
+        return texts.put(ids[0], self._tokenizer.decode(ids)) if text is None else text
 
     def _give_up_waiting(self) -> str:
         """All but what may still be a beginning of a character, or else all."""

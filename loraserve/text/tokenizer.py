@@ -1,12 +1,14 @@
 """The tokenizer of a Hugging Face directory, as transformers would load it."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import tokenizers
 from tokenizers import AddedToken
+from tokenizers.models import Unigram
 
 from loraserve.checkpoint.bounded_json import parse_object
 from loraserve.errors import InvalidArgumentError, InvalidCheckpointError, LoraServeError
@@ -20,6 +22,7 @@ _NAMED = (
     *("pad_token", "cls_token", "mask_token"),
 )
 _CONFIG = "tokenizer_config.json"
+_LONG_CHARACTERS = 4096
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -125,6 +128,29 @@ def _typed(kind: type[LoraServeError], field: str) -> Iterator[None]:
         raise kind(field, str(error)[:500]) from None
 
 
+_Key = TypeVar("_Key")
+
+
+class KeptTexts(Generic[_Key]):
+    """Texts that were decoded before, as long as they are not too many: most of what streams say
+    was said before, and asking the Rust library again costs ten times as much. For any thread."""
+
+    MOST = 1 << 16
+
+    def __init__(self) -> None:
+        self._texts: dict[_Key, str] = {}
+
+    def get(self, key: _Key) -> str | None:
+        return self._texts.get(key)
+
+    def put(self, key: _Key, text: str) -> str:
+        """Returns the text."""
+        if len(self._texts) >= self.MOST:
+            self._texts = {}
+        self._texts[key] = text
+        return text
+
+
 class Tokenizer:
     """Text to token ids and back. Immutable; every method may be called from any thread."""
 
@@ -146,7 +172,14 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = () if eos is None else (eos,)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.texts_of_tokens: KeptTexts[int] = KeptTexts()
+        """What `decode` says of one token."""
+        self.texts_of_pairs: KeptTexts[tuple[int, int]] = KeptTexts()
+        """What a token adds behind another one."""
         self._byte_of = self._byte_tokens()
+        self.longest_token_bytes = self._longest_token_bytes()
+        """Of text that one token can stand for, at most; None where an unknown token may stand for
+        text of any length."""
         self.replacement_ids = self._replacement_ids()
         """How U+FFFD itself is written; empty where it cannot be."""
 
@@ -185,6 +218,22 @@ class Tokenizer:
         ids = ((self._backend.token_to_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
         return {token: byte for token, byte in ids if token is not None}
 
+    def _longest_token_bytes(self) -> int | None:
+        if not self._byte_of and self._has_unknown():
+            return None
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return max((len(token.encode("utf-8", "replace")) for token in vocabulary), default=None)
+
+    def _has_unknown(self) -> bool:
+        model = self._backend.model
+        if getattr(model, "unk_token", None) is not None:
+            return True
+        # Unigram has it by its id, which this library tells in its JSON alone.
+        return (
+            isinstance(model, Unigram)
+            and json.loads(self._backend.to_str())["model"].get("unk_id") is not None
+        )
+
     def _replacement_ids(self) -> tuple[int, ...]:
         try:
             before = self.encode("x", add_special_tokens=False)
@@ -201,6 +250,10 @@ class Tokenizer:
         where `text` is not Unicode text, or the tokenizer has no tokens for it.
         """
         with _typed(InvalidArgumentError, "text"):
+            if len(text) > _LONG_CHARACTERS:
+                # Unlike `encode` it lets other threads run meanwhile.
+                (found,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+                return found.ids
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -213,6 +266,10 @@ class Tokenizer:
         if token < 0 or token >= 1 << 32 or token in self.special_ids:
             return False
         return self._backend.id_to_token(token) is not None
+
+    def name_of(self, token: int) -> str:
+        """The token as the vocabulary writes it, such as "\u0120the"; empty for unknown ids."""
+        return self._backend.id_to_token(token) or "" if 0 <= token < 1 << 32 else ""
 
     def byte_of(self, token: int) -> int | None:
         """The byte of a byte-fallback token (Llama 2's "<0xE2>"), None for all others."""

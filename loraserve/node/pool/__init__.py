@@ -1,0 +1,1 @@
+"""The node's host memory for packed adapters: one arena, cut into slots."""

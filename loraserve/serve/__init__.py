@@ -1,0 +1,1 @@
+"""One-command serving: a controller, nodes and a gateway on this machine as one process tree."""
