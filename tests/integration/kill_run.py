@@ -92,12 +92,15 @@ class Report:
 
 class KillRun:
     """`nodes` of `cluster` are killed while `asked` are answered through `client`, again and again
-    by as many streams as there are cases."""
+    by as many streams as there are cases, each after a pause of `pause_s` in the mean."""
 
-    def __init__(self, cluster: Cluster, client: AsyncClient, asked: list[Case]) -> None:
+    def __init__(
+        self, cluster: Cluster, client: AsyncClient, asked: list[Case], pause_s: float = 0.0
+    ) -> None:
         self._cluster = cluster
         self._client = client
         self._asked = asked
+        self._pause_s = pause_s
         self._expected: list[Completion] = []
         self._over = False
         self._sent: dict[asyncio.Task[object] | None, float] = {}
@@ -147,7 +150,10 @@ class KillRun:
         return self.report
 
     async def _stream(self, index: int) -> None:
+        draw = random.Random(index)
         while not self._over:
+            if self._pause_s:
+                await asyncio.sleep(draw.expovariate(1 / self._pause_s))
             answer = await self._answer(index)
             want = self._expected[index]
             if (answer.token_ids, answer.text) != (want.token_ids, want.text):

@@ -20,10 +20,10 @@ def running(
     asyncio.run(cluster.__aenter__())
     try:
         with Client(cluster.address) as client:
-            client.wait_routable(())
+            client.wait_routable((), timeout_s=120)
             for name in skills:
                 client.adapters.add(name, adapter_directory(name), base=MODEL_NAME)
-            client.wait_routable(skills)
+            client.wait_routable(skills, timeout_s=120)
             yield cluster, client
     finally:
         codes = asyncio.run(cluster.stop())

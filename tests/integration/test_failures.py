@@ -1,4 +1,5 @@
-"""Daemons that die, stop and come back, while a client goes on."""
+"""Daemons that die, stop and come back, while a client goes on. Times are printed and bound nothing
+but what hangs."""
 
 import asyncio
 import concurrent.futures
@@ -22,6 +23,8 @@ from loraserve.errors import UnavailableError
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 LONG = 220
 STREAMS = 48
+# Only what hangs takes so long, on any machine.
+PATIENCE_S = 60.0
 
 
 def long_params(index: int) -> SamplingParams:
@@ -36,7 +39,10 @@ async def collect(client: AsyncClient, index: int, begun: list[int]) -> Completi
     chunks: list[Chunk] = []
     word = held_out_words(STREAMS, seed=2)[index]
     stream = client.stream(
-        prompt(word), long_params(index), adapter=(None, "upper")[index // 2 % 2], timeout_s=60
+        prompt(word),
+        long_params(index),
+        adapter=(None, "upper")[index // 2 % 2],
+        timeout_s=2 * PATIENCE_S,
     )
     async with stream:
         async for chunk in stream:
@@ -64,7 +70,7 @@ async def all_long(address: str, victim: Daemon | None) -> list[Completion]:
 def test_streams_of_a_killed_node_go_on_elsewhere_token_by_token(tmp_path: Path) -> None:
     replicas = ["--replicas", "2"]
     with running(tmp_path, skills=["upper"], controller_options=replicas) as (cluster, client):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while len(client.adapters.get("upper").holders) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -81,7 +87,7 @@ def test_streams_of_a_killed_node_go_on_elsewhere_token_by_token(tmp_path: Path)
 
         # It comes back, and is used again.
         asyncio.run(cluster.ready(cluster.spawn_node("node-1")))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while client.generate(prompt("again"), GREEDY, adapter="upper").node_id != "node-1":
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -98,11 +104,11 @@ def test_serving_outlives_the_controller_and_the_registry_its_death(tmp_path: Pa
         with pytest.raises(UnavailableError):
             client.adapters.list()
         asyncio.run(cluster.start_controller())
-        # Within 5 s: nodes have registered again, routes are whole, nothing acknowledged is lost.
+        # Nodes have registered again, routes are whole, nothing acknowledged is lost.
         began = time.monotonic()
         with Client(cluster.address) as fresh:
-            fresh.wait_routable(["upper", "reverse"], timeout_s=5)
-            assert time.monotonic() - began < 5
+            fresh.wait_routable(["upper", "reverse"], timeout_s=PATIENCE_S)
+            print(f"routes are whole {time.monotonic() - began:.2f} s after the restart")
             after = fresh.adapters.list()
             assert [(a.name, a.revision, a.created) for a in after] == [
                 (a.name, a.revision, a.created) for a in before
@@ -128,7 +134,7 @@ def test_adapters_of_a_lost_node_are_served_by_the_other(tmp_path: Path) -> None
             "sort": "adgnor",
             "stars": "dr*g*n",
         }
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while any({n for n, _ in a.holders} != {"node-1"} for a in client.adapters.list()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -150,7 +156,7 @@ def test_a_node_that_is_told_to_stop_ends_what_it_began(tmp_path: Path) -> None:
             assert {c.node_id for c in (first, *rest)} == {holder}
             assert {c.attempt for c in rest} == {0}
             assert sum(len(c.token_ids) for c in (first, *rest)) == LONG
-        assert daemon.process.wait(20) == 0
+        assert daemon.process.wait(PATIENCE_S) == 0
         assert "drained" not in daemon.log.read_text(), "a request was cut off"
         # New ones go to the other node, which loads the adapter.
         answer = client.generate(prompt("steady"), GREEDY, adapter="upper")
@@ -190,16 +196,18 @@ def test_an_interrupted_demo_leaves_no_process(tmp_path: Path, number: int) -> N
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # Tests that run in the background may have been given an ignored one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         pids = pids_of(tmp_path, process, 3)
         process.send_signal(number)
-        process.wait(30)
+        process.wait(PATIENCE_S)
     finally:
         process.kill()
         assert process.stdout is not None
         process.stdout.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while any(map(alive, pids)):
         assert time.monotonic() < deadline, f"still there: {[p for p in pids if alive(p)]}"
         time.sleep(0.05)

@@ -1,4 +1,6 @@
-"""A node that dies or freezes: its adapters are routed to their other copies within two seconds."""
+"""A node that dies or freezes: its adapters are routed to their other copies, and what it was doing
+goes on there. How long that took is printed and bounds nothing: when routes leave a node out is
+asserted in ticks, by tests/python/test_silent_nodes.py."""
 
 import asyncio
 import signal
@@ -14,8 +16,7 @@ from loraserve.demo.cluster import Cluster
 from loraserve.demo.skills import held_out_words, prompt
 
 SKILLS = ["upper", "reverse"]
-# Two seconds are promised; the rest is for a machine that does other things too.
-ROUTED_S = 2.0 + 1.0
+PATIENCE_S = 60.0
 LONG = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
 
 
@@ -28,14 +29,16 @@ async def routed_to(client: AsyncClient, *nodes: str) -> float:
     """Seconds until every skill is routed to exactly these."""
     begin = time.monotonic()
     while any(holders(client, name) != set(nodes) for name in SKILLS):
-        assert time.monotonic() - begin < 15, [holders(client, name) for name in SKILLS]
+        assert time.monotonic() - begin < PATIENCE_S, [holders(client, name) for name in SKILLS]
         await asyncio.sleep(0.01)
     return time.monotonic() - begin
 
 
 async def ask(client: AsyncClient, index: int) -> Completion:
     word = held_out_words(16, seed=3)[index]
-    return await client.generate(prompt(word), LONG, adapter=SKILLS[index % 2], timeout_s=30)
+    return await client.generate(
+        prompt(word), LONG, adapter=SKILLS[index % 2], timeout_s=PATIENCE_S
+    )
 
 
 async def lose(cluster: Cluster, number: int) -> tuple[str, float]:
@@ -72,7 +75,6 @@ def test_adapters_of_a_lost_node_are_routed_to_their_other_copies(
                 for node in cluster.nodes.values():
                     node.process.send_signal(signal.SIGCONT)
         print(f"{victim} is routed around after {took:.3f} s")
-        assert took < ROUTED_S
         if number == signal.SIGSTOP:
             asyncio.run(comes_back(cluster))
 

@@ -2,10 +2,13 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+import pytest
 from served_cluster import running
 
 from loraserve import AsyncClient, SamplingParams
+from loraserve.client import request_run
 from loraserve.client.route_table import AdapterRoute, Holder, RevisionRoute, RouteTable
 from loraserve.demo import MODEL_NAME, adapter_directory
 from loraserve.demo.skills import prompt
@@ -29,7 +32,19 @@ def with_other_holder(table: RouteTable, name: str) -> tuple[RouteTable, str, st
     return made, wrong, holder.node_id
 
 
-def test_old_routes_lead_to_the_holder_and_no_copy_is_loaded_for_them(tmp_path: Path) -> None:
+def test_old_routes_lead_to_the_holder_and_no_copy_is_loaded_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However long the routes take on a busy machine, the request waits for them.
+    monkeypatch.setattr(request_run, "NEWER_ROUTES_WAIT_S", 60.0)
+    turned_away = asyncio.Event()
+    redirected = request_run.RequestRun._redirected
+
+    async def seen(self: Any, error: Any, node: Any) -> None:
+        turned_away.set()
+        await redirected(self, error, node)
+
+    monkeypatch.setattr(request_run.RequestRun, "_redirected", seen)
     with running(tmp_path, skills=["upper"]) as (cluster, client):
 
         async def ask() -> tuple[str, str, int, str]:
@@ -38,9 +53,9 @@ def test_old_routes_lead_to_the_holder_and_no_copy_is_loaded_for_them(tmp_path: 
                 old, wrong, right = with_other_holder(stale.routes, "upper")
                 stale._site.router.set_table(old)
                 task = asyncio.create_task(
-                    stale.generate(prompt("word"), GREEDY, adapter="upper", timeout_s=30)
+                    stale.generate(prompt("word"), GREEDY, adapter="upper", timeout_s=90)
                 )
-                await asyncio.sleep(0.3)
+                await asyncio.wait_for(turned_away.wait(), 60)
                 assert not task.done()
                 # Any change brings this client the routes as they are.
                 await asyncio.to_thread(

@@ -29,6 +29,7 @@ from loraserve.errors import (
 
 Site = tuple[Cluster, Client]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
+ONE = SamplingParams(max_tokens=1, temperature=0.0)
 NAMES: list[str | None] = [None, *(skill.name for skill in SKILLS)]
 
 
@@ -129,50 +130,54 @@ def test_a_request_id_in_use_is_refused(cluster: Site) -> None:
     endless = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
     # On one node, so that both come to the same.
     node = next(iter(client.routes.nodes.values()))
+    refused = None
     with Client(nodes=[node.address]) as direct:
-        first = direct.stream(prompt("word"), endless, request_id="twice")
-        # With others beside it, so that it lasts.
-        others = [direct.stream(prompt("word"), endless) for _ in range(40)]
-        for stream in (*others, first):
-            next(stream)
-        with pytest.raises(AlreadyExistsError, match="twice"):
-            direct.generate(prompt("word"), GREEDY, request_id="twice")
-        for stream in (*others, first):
-            stream.close()
+        # On a busy machine the first may have ended when the second comes, which may run then.
+        for attempt in range(50):
+            name = f"twice-{attempt}"
+            with direct.stream(prompt("word"), endless, request_id=name) as first:
+                next(first)
+                try:
+                    direct.generate(prompt("word"), ONE, request_id=name)
+                except AlreadyExistsError as error:
+                    refused = error
+                    break
+    assert refused is not None
+    assert refused.field == "request_id"
+    assert "twice" in refused.message
 
 
 def test_left_streams_give_back_what_they_held(cluster: Site) -> None:
     _, client = cluster
     endless = SamplingParams(max_tokens=240, temperature=0.0, ignore_eos=True)
-    before = generated_tokens(cluster)
-    for _ in range(16):
+    # On a busy machine some have come to their last token when the node hears that they are left;
+    # those that have not are ended.
+    before, left = cancelled_requests(cluster), 0
+    while cancelled_requests(cluster) < before + 8:
         with client.stream(prompt("word"), endless, adapter="sort") as stream:
             next(stream)
-    deadline = time.monotonic() + 5
-    while True:
-        load = client.generate(prompt("word"), GREEDY, adapter="sort")
-        assert load.finish_reason == "stop"
-        if running_requests(cluster) == 0 or time.monotonic() > deadline:
-            break
+        left += 1
+        assert left < 1000, "streams that are left go on"
+    assert client.generate(prompt("word"), GREEDY, adapter="sort").finish_reason == "stop"
+    deadline = time.monotonic() + 60
+    while running_requests(cluster):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert running_requests(cluster) == 0
-    # Streams that nobody ended would have gone on to their last token.
-    assert generated_tokens(cluster) - before < 16 * 240 / 2
 
 
 def running_requests(site: Site) -> int:
     return metric(site, "loraserve_requests_running ", "loraserve_queue_depth ")
 
 
-def generated_tokens(site: Site) -> int:
-    return metric(site, 'loraserve_tokens_total{kind="generated"} ')
+def cancelled_requests(site: Site) -> int:
+    return metric(site, 'loraserve_requests_total{code="CANCELLED"} ')
 
 
 def metric(site: Site, *names: str) -> int:
     """The sum over the nodes."""
     total = 0.0
     for node in site[0].nodes.values():
-        with urllib.request.urlopen(f"http://{node.metrics}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{node.metrics}/metrics", timeout=60) as answer:
             for line in answer.read().decode().splitlines():
                 if line.startswith(names):
                     total += float(line.split()[1])
@@ -188,7 +193,7 @@ def test_the_controller_adds_up_what_nodes_measure(cluster: Site) -> None:
     while not (seen.get("ttft", 0) > 0 and seen.get("tbt", 0) > 0):
         assert time.monotonic() < deadline
         url = f"http://{site.controller.metrics}/metrics"
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             lines = answer.read().decode().splitlines()
         for word in ("ttft", "tbt"):
             sums = [v for v in lines if v.startswith(f"loraserve_{word}_seconds_sum{{node=")]

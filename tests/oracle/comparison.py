@@ -21,6 +21,8 @@ class Answer(Protocol):
     def top_logprobs(self) -> Sequence[Mapping[int, float]] | None: ...
     @property
     def prompt_logprobs(self) -> Sequence[float | None] | None: ...
+    @property
+    def prompt_top_logprobs(self) -> Sequence[Mapping[int, float] | None] | None: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def compare(
     """Compares one completion with the oracle reading the very same tokens.
 
     The oracle is given the engine's own tokens, so one near-tie does not spoil what follows it.
-    `prompt_logprobs` are compared where the answer has them; `greedy` says that the tokens were
+    Those of the prompt are compared where the answer has them; `greedy` says that the tokens were
     chosen greedily; `top` is the number of top log-probabilities that were asked for.
     """
     tokens = list(answer.token_ids)
@@ -90,6 +92,11 @@ def compare(
         for i in range(1, len(prompt)):
             error = _error(answer.prompt_logprobs[i], rows[i - 1, prompt[i]].item())
             worst = max(worst, error)
+    if answer.prompt_top_logprobs is not None:
+        if len(answer.prompt_top_logprobs) != len(prompt) or answer.prompt_top_logprobs[0]:
+            return Comparison(worst=math.inf)
+        for i, told in enumerate(answer.prompt_top_logprobs[1:]):
+            worst = max(worst, _top_error(told or {}, rows[i], top))
     if not tokens or len(answer.logprobs) != len(tokens):
         return Comparison(worst=math.inf)
     if top and (answer.top_logprobs is None or len(answer.top_logprobs) != len(tokens)):

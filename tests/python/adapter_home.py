@@ -3,15 +3,27 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from fake_node import BASE, FakeEngine, FakeSource, read_fake, revision, spec, until
+from fake_node import (
+    BASE,
+    FakeEngine,
+    FakeSource,
+    host_copies,
+    letter_of,
+    load_of,
+    pool_bytes,
+    revision,
+    until,
+)
 
+from loraserve.checkpoint.packed_header import PackedHeader
 from loraserve.errors import NotFoundError
 from loraserve.node.adapters import HeldAdapters
 from loraserve.node.held import FETCHING, HeldAdapter
 from loraserve.node.limits import Limits
+from loraserve.node.load_info import AdapterLoadInfo
+from loraserve.node.pool.checked_writer import CheckedWriter
 from loraserve.node.requests import LiveRequest
-from loraserve.node.sources import AdapterFetch, Blob
-from loraserve.placement.types import AdapterId, AdapterSpec
+from loraserve.placement.types import AdapterId
 
 
 class GatedSource(FakeSource):
@@ -21,29 +33,30 @@ class GatedSource(FakeSource):
         super().__init__(*letters)
         self.stuck: set[str] = set()
 
-    async def fetch(self, wanted: str, max_bytes: int) -> Blob:
-        blob = await super().fetch(wanted, max_bytes)
-        while wanted[0] in self.stuck:
+    async def read_into(
+        self, load: AdapterLoadInfo, header: PackedHeader, writer: CheckedWriter
+    ) -> None:
+        await super().read_into(load, header, writer)
+        while letter_of(load.spec.revision) in self.stuck:
             await asyncio.sleep(0.001)
-        return blob
 
 
 class Home:
     """HeldAdapters with an engine, a source and a registry in memory. A name `x...` points to
-    revision(`x`) unless `points` says otherwise; every adapter has 100 bytes."""
+    revision(`x`) unless `points` says otherwise. `adapters`: how many fit into the host pool."""
 
-    def __init__(self, letters: str = "abcdef", memory: int = 1000, waiting: int = 64) -> None:
+    def __init__(self, letters: str = "abcdef", adapters: int = 10, waiting: int = 64) -> None:
         self.engine = FakeEngine()
         self.source = GatedSource(*letters)
         self.points: dict[str, str] = {}
         self.resolved: list[str] = []
         self.now_s = 0.0
         self.changes = 0
-        limits = Limits(adapter_memory_bytes=memory, max_waiting_per_adapter=waiting)
+        self.host = host_copies(pool_bytes(adapters), self.source)
         self.held = HeldAdapters(
             self.engine,
-            AdapterFetch([self.source], memory, read_fake),
-            limits,
+            self.host,
+            Limits(max_waiting_per_adapter=waiting),
             resolve=self._resolve,
             on_change=self._changed,
             clock=lambda: self.now_s,
@@ -52,13 +65,13 @@ class Home:
     def _changed(self) -> None:
         self.changes += 1
 
-    async def _resolve(self, adapter: AdapterId, wanted: str | None) -> AdapterSpec:
+    async def _resolve(self, adapter: AdapterId, wanted: str | None) -> AdapterLoadInfo:
         self.resolved.append(adapter.name)
         await asyncio.sleep(0)
-        letter = wanted[0] if wanted else self.points.get(adapter.name, adapter.name[0])
+        letter = letter_of(wanted) if wanted else self.points.get(adapter.name, adapter.name[0])
         if letter == "z":
             raise NotFoundError("adapter", "does not exist")
-        return spec(adapter.name, letter)
+        return load_of(adapter.name, letter)
 
     async def use(self, name: str, letter: str | None = None) -> tuple[HeldAdapter, LiveRequest]:
         """A request that has its copy; `done` lets go of it."""
@@ -86,7 +99,7 @@ class Home:
             self.done(await self.use(name))
 
     def states(self) -> dict[str, int]:
-        return {f"{r.adapter.name}@{r.revision[0]}": r.state for r in self.held.residency()}
+        return {f"{r.adapter.name}@{letter_of(r.revision)}": r.state for r in self.held.residency()}
 
     async def settle(self) -> None:
         """Until nothing is on its way any more."""
@@ -99,7 +112,7 @@ def play(script: Callable[[Home], Awaitable[None]], **options: object) -> None:
     async def run() -> None:
         home = Home(**options)  # type: ignore[arg-type]
         try:
-            await asyncio.wait_for(script(home), 10)
+            await asyncio.wait_for(script(home), 120)
         finally:
             await home.held.close()
 

@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
+import pytest
 
 from loraserve.controller.admission import PackedFacts
 from loraserve.controller.server import ControllerOptions, ControllerServer
 from loraserve.controller.state import Settings
-from loraserve.errors import InvalidCheckpointError
+from loraserve.errors import InvalidCheckpointError, LoraServeError
 from loraserve.security.identity import Role
 from loraserve.security.keys import create_key
 from loraserve.v1 import (
@@ -23,18 +25,29 @@ from loraserve.v1 import (
     controller_pb2_grpc,
 )
 from loraserve.wire import bearer_metadata, dial
+from loraserve.wire_errors import from_rpc_error
 
+PACKED = b"PACKED base 8 one"
+BIGGER = b"PACKED base 64 " + b"x" * (3 << 20)
 TICK_S = 0.02
 DEVICE = common_pb2.RESIDENCY_STATE_DEVICE
 
 
-def fake_inspector(path: Path) -> PackedFacts:
+class FakeCheck:
     """Takes b"PACKED <base> <rank> ..." for a packed adapter."""
-    data = path.read_bytes()
-    if not data.startswith(b"PACKED "):
-        raise InvalidCheckpointError("header", "is not that of a packed adapter")
-    _, base, rank, *_ = data.split(b" ")
-    return PackedFacts(hashlib.sha256(data).hexdigest(), base.decode(), len(data), int(rank))
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed(self, data: bytes) -> None:
+        self.data += data
+
+    def finish(self) -> PackedFacts:
+        data = self.data
+        if not data.startswith(b"PACKED "):
+            raise InvalidCheckpointError("header", "is not that of a packed adapter")
+        _, base, rank, *_ = data.split(b" ")
+        return PackedFacts(hashlib.sha256(data).hexdigest(), base.decode(), len(data), int(rank))
 
 
 class Site:
@@ -125,7 +138,7 @@ async def controller(
         "data_dir": directory / "data",
         "keys": path if keys else None,
         "settings": Settings(tick_seconds=TICK_S, silent_ticks=5),
-        "inspector": fake_inspector,
+        "new_check": FakeCheck,
     }
     server = ControllerServer(ControllerOptions(**(chosen | options)))
     site = None
@@ -137,6 +150,28 @@ async def controller(
         if site is not None:
             await site.close()
         await server.stop(grace_s=0.1)
+
+
+async def read(site: Site, revision: str, offset: int = 0) -> bytes:
+    request = adapter_pb2.ReadAdapterRequest(revision=revision, offset_bytes=offset)
+    call = site.adapters.ReadAdapter(request, metadata=site.auth("node"))
+    messages = [m async for m in call]
+    assert messages[0].size_bytes > 0
+    return b"".join(m.chunk for m in messages)
+
+
+def play(tmp_path: Path, script: Callable[[Site], Awaitable[None]], **options: Any) -> None:
+    async def run() -> None:
+        async with controller(tmp_path, **options) as site:
+            await asyncio.wait_for(script(site), 20)
+
+    asyncio.run(run())
+
+
+async def refused(call: Awaitable[Any]) -> LoraServeError:
+    with pytest.raises(grpc.RpcError) as caught:
+        await call
+    return from_rpc_error(caught.value)
 
 
 class FakeNode:

@@ -3,12 +3,15 @@
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
 from loraserve.node.limits import Limits
 from loraserve.node.model import ModelOptions, open_model, read_adapter
+from loraserve.node.peers.peering import OFF, PeerOptions
+from loraserve.node.pool.options import PoolOptions
 from loraserve.node.server import NodeOptions, NodeServer
 from loraserve.wire import dial
 
@@ -21,6 +24,8 @@ async def serving_demo(
     adapters: dict[str, Path] | None = None,
     limits: Limits | None = None,
     store: Path | None = None,
+    pool: PoolOptions = PoolOptions(host_pool_bytes=16 << 20),  # noqa: B008
+    **more: Any,
 ) -> AsyncIterator[tuple[NodeServer, grpc.aio.Channel]]:
     """With the adapters of these skills, under their names."""
     model = ModelOptions(
@@ -36,7 +41,10 @@ async def serving_demo(
         limits=limits or Limits(max_sequences=max_sequences),
         store=str(store) if store else None,
         drain_timeout_s=0.2,
+        peers=PeerOptions(OFF),
+        pool=pool,
         adapters={skill: adapter_directory(skill) for skill in skills} | (adapters or {}),
+        **more,
     )
     server = NodeServer(options, lambda: open_model(model), read_adapter)
     try:

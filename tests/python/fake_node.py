@@ -2,25 +2,33 @@
 
 import asyncio
 import contextlib
+import functools
+import string
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import numpy as np
 
-from loraserve.controller.admission import PackedFacts
-from loraserve.errors import (
-    AlreadyExistsError,
-    DeadlineExceededError,
-    InvalidCheckpointError,
-    NotFoundError,
-)
+from loraserve.checkpoint.adapter_source import AdapterModule, AdapterSource
+from loraserve.checkpoint.packed_adapter import load_adapter_source, pack
+from loraserve.checkpoint.packed_header import PackedHeader, parse_header
+from loraserve.errors import AlreadyExistsError, DeadlineExceededError, NotFoundError
 from loraserve.node.engine_api import LoadedModel, ModelFacts
+from loraserve.node.fetch import AdapterFetch
 from loraserve.node.limits import Limits
+from loraserve.node.load_info import AdapterLoadInfo
+from loraserve.node.peers.peering import OFF, PeerOptions
+from loraserve.node.pool.arena import HostArena
+from loraserve.node.pool.checked_writer import CheckedWriter
+from loraserve.node.pool.copies import HostCopies
+from loraserve.node.pool.options import PoolOptions
+from loraserve.node.pool.slots import HostPool, slot_bytes
 from loraserve.node.server import NodeOptions, NodeServer
-from loraserve.node.sources import Blob, Packed
 from loraserve.placement.types import AdapterId, AdapterSpec
 from loraserve.sampling_params import SamplingParams
 from loraserve.wire import dial
@@ -42,6 +50,8 @@ class FakeChunk:
     stop_reason: str | int | None = None
     cached_tokens: int = 3
     queue_s: float = 0.0
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
 
 class FakeStream:
@@ -81,11 +91,58 @@ class FakeStream:
 
 
 @dataclass
+class FakeStep:
+    keys: list[Any] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    others: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+class FakeSunk:
+    """A stream whose chunks go to a sink, as an engine would give them out."""
+
+    def __init__(self, sink: Any, key: Any, stream: FakeStream) -> None:
+        self.sink, self.key, self.stream = sink, key, stream
+        self.abort = stream.abort
+        self.task = asyncio.create_task(self._pump())
+
+    async def _pump(self) -> None:
+        others: Any = []
+        try:
+            async for chunk in self.stream.chunks():
+                plain = chunk.first_index > 0 and not chunk.finish_reason and not chunk.logprobs
+                if plain:
+                    self.sink.take(FakeStep([self.key], chunk.token_ids))
+                else:
+                    self.sink.take(FakeStep(others=[(self.key, chunk)]))
+        except Exception as error:
+            others = [(self.key, error)]
+        self.sink.take(FakeStep(others=others))
+
+    def chunk(self, output: Any) -> Any:
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+    def close(self) -> None:
+        self.task.cancel()
+
+
+@dataclass
 class FakeStats:
     running: int = 0
     waiting: int = 0
     pages_free: int = 90
     pages_kv: int = 8
+    adapters_installing: int = 0
+    adapter_installs: int = 0
+    adapter_evictions: int = 0
+    adapter_install_seconds: float = 0.0
+    adapter_waits: int = 0
+    adapter_wait_seconds: float = 0.0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
     pages_adapter: int = 2
 
 
@@ -105,6 +162,9 @@ class FakeEngine:
         self.may_load = threading.Event()
         self.may_load.set()
         self.load_error: Exception | None = None
+        self.has_gpu = False
+        self.register_error: Exception | None = None
+        self.registered: list[memoryview] = []
         self.closed = False
         self.backend_name = "fake"
 
@@ -113,7 +173,7 @@ class FakeEngine:
         return len(call["prompt"]) + index
 
     def load_adapter(self, name: str, source: Any, *, allow_base_mismatch: bool = False) -> str:
-        assert self.may_load.wait(10)
+        assert self.may_load.wait(60)
         if self.load_error is not None:
             raise self.load_error
         assert name not in self.loaded
@@ -128,6 +188,12 @@ class FakeEngine:
     def installed(self) -> frozenset[str]:
         return frozenset(self.in_pages & set(self.loaded))
 
+    def register_host_memory(self, memory: memoryview) -> bool:
+        if self.register_error is not None:
+            raise self.register_error
+        self.registered.append(memory)
+        return self.has_gpu
+
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         return [ord(c) % VOCAB for c in prompt] if isinstance(prompt, str) else list(prompt)
 
@@ -141,6 +207,11 @@ class FakeEngine:
         self.live.add(more["request_id"])
         return FakeStream(self, more["request_id"], call)
 
+    def submit_to(
+        self, sink: Any, key: Any, prompt: Any, params: Any, adapter: Any = None, **more: Any
+    ) -> Any:
+        return FakeSunk(sink, key, self.submit(prompt, params, adapter, **more))
+
     def stats(self) -> FakeStats:
         return FakeStats(running=len(self.live))
 
@@ -148,34 +219,30 @@ class FakeEngine:
         self.closed = True
 
 
-@dataclass(frozen=True)
-class FakePacked:
-    revision: str
-    size_bytes: int
-    max_rank: int = 8
-    base_name: str = BASE
+@functools.cache
+def blob(letter: str) -> bytes:
+    """A small packed adapter of rank 8, another one for each letter. A slot of it is one page."""
+    weights = np.full((8, 16), ord(letter), np.float16)
+    return pack(
+        AdapterSource(BASE, (AdapterModule(0, "q_proj", 8, 1.0, "F16", weights, weights.T),))
+    )
 
 
+@functools.cache
 def revision(letter: str) -> str:
-    return letter * 64
+    return parse_header(blob(letter)).revision
 
 
-def blob(letter: str, size: int = 100) -> bytes:
-    """What `read_fake` takes for the packed adapter of revision(letter)."""
-    return letter.encode() * size
+SIZE = len(blob("a"))
 
 
-def read_fake(source: Blob) -> Packed:
-    data = source.read_bytes() if isinstance(source, Path) else source
-    if len(set(data)) != 1:
-        raise InvalidCheckpointError("chunk 0", "does not agree with the header")
-    return FakePacked(chr(data[0]) * 64, len(data))
+def pool_bytes(adapters: int) -> int:
+    """A host pool for so many of these."""
+    return adapters * slot_bytes(SIZE)
 
 
-def inspect_fake(path: Path) -> PackedFacts:
-    """Admission's view of the same."""
-    packed = read_fake(path)
-    return PackedFacts(packed.revision, BASE, packed.size_bytes, packed.max_rank)
+def letter_of(wanted: str) -> str:
+    return next(c for c in string.ascii_lowercase if revision(c) == wanted)
 
 
 class FakeSource:
@@ -189,7 +256,16 @@ class FakeSource:
         self.gate: asyncio.Event | None = None
         self.error: Exception | None = None
 
-    async def fetch(self, wanted: str, max_bytes: int) -> Blob:
+    async def read_start(self, load: AdapterLoadInfo) -> bytes:
+        wanted = load.spec.revision
+        if wanted not in self.blobs:
+            raise NotFoundError("revision", "is not here")
+        return self.blobs[wanted][: SIZE - 1]
+
+    async def read_into(
+        self, load: AdapterLoadInfo, header: PackedHeader, writer: CheckedWriter
+    ) -> None:
+        wanted = load.spec.revision
         self.fetches.append(wanted)
         if self.gate is not None:
             await self.gate.wait()
@@ -197,11 +273,21 @@ class FakeSource:
             raise self.error
         if wanted not in self.blobs:
             raise NotFoundError("revision", "is not here")
-        return self.blobs[wanted]
+        writer.write(self.blobs[wanted][writer.position :])
 
 
-def spec(name: str, letter: str, size: int = 100, tenant: str = "default") -> AdapterSpec:
+def host_copies(memory: int, *sources: Any, **options: Any) -> HostCopies:
+    """An empty host pool that is filled from `sources`."""
+    fetch = AdapterFetch(sources, max_bytes=1 << 30, **options)
+    return HostCopies(HostPool(HostArena(memory), time.monotonic), fetch)
+
+
+def spec(name: str, letter: str, size: int = SIZE, tenant: str = "default") -> AdapterSpec:
     return AdapterSpec(AdapterId(tenant, BASE, name), revision(letter), size, 8)
+
+
+def load_of(name: str, letter: str, size: int = SIZE) -> AdapterLoadInfo:
+    return AdapterLoadInfo(spec(name, letter, size))
 
 
 @contextlib.asynccontextmanager
@@ -210,6 +296,7 @@ async def serving(
     store: Path | None = None,
     limits: Limits | None = None,
     on_server: Callable[[NodeServer], None] = lambda server: None,
+    facts: ModelFacts = FACTS,
     **options: Any,
 ) -> AsyncIterator[tuple[NodeServer, grpc.aio.Channel]]:
     """A whole node on a free loopback port, and a channel to it."""
@@ -217,9 +304,15 @@ async def serving(
         base=BASE,
         limits=limits or Limits(),
         store=str(store) if store else None,
-        **{"node_id": "n1", "drain_timeout_s": 0.2, **options},
+        **{
+            "node_id": "n1",
+            "drain_timeout_s": 0.2,
+            "pool": PoolOptions(host_pool_bytes=64 << 10),
+            "peers": PeerOptions(OFF),
+            **options,
+        },
     )
-    server = NodeServer(given, lambda: LoadedModel(engine, FACTS), read_fake, read_fake)
+    server = NodeServer(given, lambda: LoadedModel(engine, facts), load_adapter_source)
     on_server(server)
     try:
         await server.start()
@@ -229,7 +322,7 @@ async def serving(
         await server.stop()
 
 
-async def until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     """Waits for the condition, which another task brings about."""
     end = asyncio.get_running_loop().time() + timeout_s
     while not condition():

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
-from fake_node import BASE, revision
+from fake_node import BASE, SIZE, letter_of, revision
 from google.protobuf.duration_pb2 import Duration
 
 from loraserve.v1 import common_pb2, controller_pb2, controller_pb2_grpc, node_pb2
@@ -19,7 +19,7 @@ def adapter(name: str) -> common_pb2.AdapterId:
     return common_pb2.AdapterId(tenant="default", base=BASE, name=name)
 
 
-def load(command_id: int, name: str, letter: str, size: int = 100) -> Command:
+def load(command_id: int, name: str, letter: str, size: int = SIZE) -> Command:
     wanted = node_pb2.AdapterLoad(
         adapter=adapter(name), revision=revision(letter), size_bytes=size, max_rank=8
     )
@@ -106,9 +106,9 @@ class FakeController(controller_pb2_grpc.ControllerServiceServicer):
         if not beat.since_generation:
             self.states = {}
         for copy in beat.residency:
-            self.states[f"{copy.adapter.name}@{copy.revision[0]}"] = copy.state
+            self.states[f"{copy.adapter.name}@{letter_of(copy.revision)}"] = copy.state
         for key in beat.removed:
-            self.states.pop(f"{key.adapter.name}@{key.revision[0]}", None)
+            self.states.pop(f"{key.adapter.name}@{letter_of(key.revision)}", None)
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ from loraserve.wire_errors import from_rpc_error
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 20))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 120))  # type: ignore[arg-type]
 
 
 def request(request_id: str = "r", **fields: Any) -> GenerateRequest:
@@ -53,7 +53,7 @@ async def refused(wait: Awaitable[Any]) -> LoraServeError:
 def store_with(tmp_path: Path, *letters: str) -> Path:
     """A durable store that holds the blobs of these letters."""
     for letter in letters:
-        folder = tmp_path / "store" / (letter * 2)
+        folder = tmp_path / "store" / revision(letter)[:2]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{revision(letter)}.lora").write_bytes(blob(letter))
     return tmp_path / "store"

@@ -9,11 +9,12 @@ import pytest
 from certificates import certificate
 from controller_fixtures import controller
 from every_rpc import OPEN, RPCS, call
-from fake_node import BASE, FakeEngine, blob, inspect_fake, serving, until
+from fake_node import BASE, FakeEngine, blob, serving, until
 from google.protobuf.descriptor import Descriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from node_calls import answers, generate, refused, run
 
+from loraserve.controller.admission import PackedCheck
 from loraserve.security import ACCESS, Role, channel_credentials, create_key
 from loraserve.security.tls import TlsFiles
 from loraserve.v1 import adapter_pb2, adapter_pb2_grpc
@@ -35,6 +36,9 @@ WHO = {
     "GetNodeInfo": "admin node user",
     "Drain": "admin node",
     "Abort": "admin user",
+    "LeaseCopy": "node",
+    "ReleaseCopy": "node",
+    "ReadCopy": "node",
     "RegisterNode": "node",
     "Heartbeat": "node",
     "WatchRoutes": "admin node user",
@@ -46,7 +50,7 @@ WHO = {
     "ServerReflectionInfo": "admin node user",
 }
 SERVED_BY = {
-    "node": ("InferenceService", "NodeService", "Health", "ServerReflection"),
+    "node": ("InferenceService", "NodeService", "PeerService", "Health", "ServerReflection"),
     "controller": ("AdapterService", "ControllerService", "Health", "ServerReflection"),
 }
 REFUSALS = ("UNAUTHENTICATED", "PERMISSION_DENIED")
@@ -132,7 +136,7 @@ def test_names_that_no_service_has_leave_nothing_behind(tmp_path: Path) -> None:
                 with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
                     await health.Watch(unknown).read()
             assert not server._health._server_watchers
-            assert len(server._health._server_status) == 3
+            assert len(server._health._server_status) == 4
             watching = health.Watch(health_pb2.HealthCheckRequest(), metadata=user)
             assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
             watching.cancel()
@@ -198,7 +202,9 @@ def test_a_cluster_of_certificates_alone(tmp_path: Path) -> None:
     async def create(address: str) -> Any:
         async with dial(address, ann) as channel:
             stub: Any = adapter_pb2_grpc.AdapterServiceStub(channel)
-            about = adapter_pb2.CreateAdapterDescription(base=BASE, name="sql", size_bytes=100)
+            about = adapter_pb2.CreateAdapterDescription(
+                base=BASE, name="sql", size_bytes=len(blob("a"))
+            )
             first = adapter_pb2.CreateAdapterRequest(description=about)
             chunk = adapter_pb2.CreateAdapterRequest(chunk=blob("a"))
             made = (await stub.CreateAdapter([first, chunk])).adapter
@@ -208,7 +214,7 @@ def test_a_cluster_of_certificates_alone(tmp_path: Path) -> None:
     async def test() -> None:
         engine = FakeEngine(step_s=0.005)
         secured = {"controller_tls": one, "tls": one}
-        async with controller(tmp_path, inspector=inspect_fake, keys={}, tls=lead) as site:
+        async with controller(tmp_path, new_check=PackedCheck, keys={}, tls=lead) as site:
             made = await create(site.server.address)
             assert made.tenant == "ann"
             series = site.server.metrics.registry.get_sample_value

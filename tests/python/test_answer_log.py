@@ -1,72 +1,51 @@
 """The record of an answer: each token once, whatever the nodes send, and what goes on from it."""
 
-import copy
-from typing import Any
-
 import pytest
+from answer_logs import REVISION, begun, half, log, of_prompt, refused, says, taken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.client.resume import AnswerLog
 from loraserve.client.types import Chunk
-from loraserve.errors import InvalidArgumentError, UnavailableError
-from loraserve.sampling_params import SamplingParams
+from loraserve.errors import UnavailableError
 from loraserve.v1.inference_pb2 import (
     FINISH_REASON_CANCELLED,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
-    GenerateResponse,
     GenerateStart,
     PositionLogprobs,
     TokenLogprob,
     Usage,
 )
 
-REVISION = "a" * 64
+
+def test_logprobs_of_a_prompt_come_with_the_first_token() -> None:
+    made = log(prompt=[1, 2, 3, 4], sampling={"prompt_logprobs": True})
+    assert made.request(0, None).sampling.prompt_logprobs
+    start = begun(prompt_tokens=4)
+    assert not taken(made, says(0, [], start=start, prompt_logprobs=of_prompt(-1.0, -2.0)))
+    # The node is lost before the first token: the next one tells all of them again.
+    assert made.request(1, None).sampling.prompt_logprobs
+    taken(made, says(0, [], start=start, prompt_logprobs=of_prompt(-1.0)))
+    (chunk,) = taken(made, says(0, [10], prompt_logprobs=of_prompt(-2.0, -4.0)))
+    assert chunk.prompt_logprobs == [None, -1.0, -2.0, -4.0]
+    assert chunk.prompt_top_logprobs == [None, {7: -0.5}, {7: -1.0}, {7: -2.0}]
+    # Lost after it: they are not asked for again, and what comes again does not count.
+    assert not made.request(2, None).sampling.prompt_logprobs
+    (chunk,) = taken(
+        made,
+        says(1, [11], "x", start=start, finish_reason=FINISH_REASON_LENGTH, prompt_logprobs=[]),
+    )
+    assert chunk.prompt_logprobs is None
+    assert made.completion(3).prompt_logprobs == [None, -1.0, -2.0, -4.0]
 
 
-def begun(**fields: Any) -> GenerateStart:
-    about: dict[str, Any] = {
-        "revision": REVISION,
-        "base": {"name": "tiny", "digest": "d1"},
-        "prompt_tokens": 2,
-        "cached_prompt_tokens": 1,
-        "seed": 77,
-        "node_id": "n1",
-    }
-    return GenerateStart(**(about | fields))
-
-
-def says(first: int, ids: list[int], text: str | None = None, **fields: Any) -> GenerateResponse:
-    text = "".join(f"<{i}>" for i in ids) if text is None else text
-    return GenerateResponse(request_id="r", first_index=first, token_ids=ids, text=text, **fields)
-
-
-def log(max_tokens: int = 8, prompt: Any = (1, 2), **fields: Any) -> AnswerLog:
-    params = SamplingParams(max_tokens=max_tokens, **fields.pop("sampling", {}))
-    return AnswerLog("r", prompt, params, adapter="sql", **fields)
-
-
-def taken(made: AnswerLog, *responses: GenerateResponse) -> list[Chunk]:
-    chunks = (made.accept(response) for response in responses)
-    return [chunk for chunk in chunks if chunk is not None]
-
-
-def half() -> AnswerLog:
-    """An answer of which two tokens are there and the node was lost."""
-    made = log()
-    taken(made, says(0, [10], start=begun()), says(1, [11]))
-    made.request(1, None)
-    return made
-
-
-def refused(made: AnswerLog, response: GenerateResponse, match: str) -> None:
-    """The response is refused, and what is here of the answer stays as it is."""
-    before = copy.deepcopy(made.completion(1))
-    with pytest.raises(UnavailableError, match=match) as caught:
-        made.accept(response)
-    assert caught.value.field == "stream"
-    assert made.completion(1) == before or not made.started
+def test_logprobs_of_a_prompt_that_do_not_all_come_are_a_lost_stream() -> None:
+    made = log(prompt=[1, 2, 3], sampling={"prompt_logprobs": True})
+    made.request(0, None)
+    start = begun(prompt_tokens=3)
+    with pytest.raises(UnavailableError, match="1 logprobs for a prompt of 3 tokens"):
+        made.accept(says(0, [10], start=start, prompt_logprobs=of_prompt(-1.0)))
+    assert not made.started
 
 
 def test_an_answer_from_one_node() -> None:
@@ -217,150 +196,6 @@ def test_a_node_that_does_not_know_its_digest_may_go_on() -> None:
     made = half()
     assert taken(made, says(2, [12], start=begun(base={"name": "tiny"})))
     assert made.completion(2).node_id == "n1"
-
-
-# What is sent to go on
-
-
-def test_a_first_request_carries_what_was_asked_for() -> None:
-    made = AnswerLog(
-        "r", "words", SamplingParams(max_tokens=4), adapter="sql", base="tiny", priority=-3
-    )
-    request = made.request(0, 2.5)
-    assert (request.request_id, request.attempt, request.priority) == ("r", 0, -3)
-    assert (request.adapter.name, request.adapter.base) == ("sql", "tiny")
-    assert not request.adapter.HasField("revision")
-    assert not request.sampling.HasField("seed")
-    assert (request.text, request.sampling.max_tokens) == ("words", 4)
-    assert (request.start_index, list(request.emitted_token_ids)) == (0, [])
-    assert request.timeout.ToMicroseconds() == 2_500_000
-    assert not made.request(0, None).HasField("timeout")
-    # A moment is left: not the same as none, which would be refused, or forever.
-    assert made.request(0, 1e-9).timeout.ToMicroseconds() == 1
-    assert (made.base, made.revision, made.started) == ("tiny", None, False)
-
-
-def test_a_request_that_goes_on_names_tokens_seed_revision_and_base() -> None:
-    made = half()
-    request = made.request(3, 1.0)
-    assert (request.attempt, request.start_index) == (3, 2)
-    assert list(request.emitted_token_ids) == [10, 11]
-    assert list(request.token_ids.ids) == [1, 2]
-    assert request.sampling.seed == 77
-    assert request.sampling.max_tokens == 8  # of the whole answer
-    assert (request.adapter.name, request.adapter.base) == ("sql", "tiny")
-    assert request.adapter.revision == REVISION
-    assert (made.base, made.revision, made.started) == ("tiny", REVISION, True)
-    # The record is not the request: the next one has the next tokens.
-    taken(made, says(2, [12], start=begun()))
-    assert list(made.request(4, None).emitted_token_ids) == [10, 11, 12]
-
-
-def test_a_seed_that_was_drawn_before_the_first_token_binds_nobody() -> None:
-    made = log()
-    taken(made, says(0, [], "", start=begun()))
-    request = made.request(1, None)
-    assert not request.sampling.HasField("seed")
-    assert not request.adapter.HasField("revision")
-
-
-def test_an_own_seed_and_revision_are_kept() -> None:
-    made = log(sampling={"seed": -1}, revision="b" * 64)
-    request = made.request(0, None)
-    assert request.sampling.seed == 2**64 - 1
-    assert request.adapter.revision == "b" * 64 == made.revision
-
-
-def test_the_base_model_goes_on_as_the_base_model() -> None:
-    made = AnswerLog("r", [1, 2], SamplingParams())
-    taken(made, says(0, [10], start=begun(revision="")))
-    request = made.request(1, None)
-    assert (request.adapter.name, request.adapter.base) == ("", "tiny")
-    assert not request.adapter.HasField("revision")
-    assert made.revision is None
-    assert made.completion(1).revision is None
-
-
-def test_where_only_the_last_word_was_lost_the_answer_is_whole() -> None:
-    made = log(max_tokens=2)
-    taken(made, says(0, [10], start=begun()))
-    assert made.finish_if_full(1) is None
-    taken(made, says(1, [11]))
-    assert made.finish_reason is None
-    last = made.finish_if_full(3)
-    assert last is not None
-    assert (last.first_index, last.token_ids, last.text) == (2, [], "")
-    assert (last.finish_reason, last.node_id, last.attempt) == ("length", "n1", 3)
-    assert made.completion(1).finish_reason == made.finish_reason == "length"
-    assert made.completion(1).cached_prompt_tokens == 1
-
-
-def test_no_tokens_at_all_are_no_answer() -> None:
-    assert log(max_tokens=0).finish_if_full(0) is None
-
-
-def test_the_length_of_a_text_prompt_is_estimated_until_a_node_has_counted() -> None:
-    made = log(prompt="é" * 20)
-    assert made.prompt_tokens == 10
-    assert log(prompt="x").prompt_tokens == 1
-    taken(made, says(0, [], "", start=begun(prompt_tokens=7)))
-    assert made.prompt_tokens == 7
-    assert log(prompt=[1, 2, 3]).prompt_tokens == 3
-    # None at all is a prompt too, for the node to refuse by its name.
-    assert log(prompt=[]).request(0, None).WhichOneof("prompt") == "token_ids"
-
-
-@pytest.mark.parametrize(
-    ("fields", "field"),
-    [
-        ({"prompt": [-1]}, "prompt"),
-        ({"prompt": [2**32]}, "prompt"),
-        ({"prompt": [1.5]}, "prompt"),
-        ({"prompt": "\ud800"}, "prompt"),
-        ({"prompt": None}, "prompt"),
-        ({"prompt": 7}, "prompt"),
-        ({"priority": 2**31}, "priority"),
-        ({"base": b"\xff"}, "base"),
-        ({"adapter": 5}, "adapter"),
-        ({"revision": 5}, "revision"),
-        ({"request_id": "\udfff"}, "request_id"),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": 1.5}, "max_tokens"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"top_k": 2**32}, "top_k"),
-        ({"logit_bias": {-1: 0.5}}, "logit_bias"),
-        ({"logit_bias": [1]}, "logit_bias"),
-        ({"seed": "x"}, "seed"),
-        ({"stop": ["\ud800"]}, "stop"),
-        ({"stop": 5}, "stop"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids"),
-        ({"logprobs": -1}, "logprobs"),
-        ({"ignore_eos": "x"}, "ignore_eos"),
-        ({"prompt_logprobs": True}, "prompt_logprobs"),
-    ],
-)
-def test_what_the_wire_cannot_carry_is_refused_by_field(fields: dict[str, Any], field: str) -> None:
-    about: dict[str, Any] = {"request_id": "r", "prompt": [1], "adapter": "sql"}
-    names = ("request_id", "prompt", "adapter", "base", "revision", "priority")
-    about |= {k: v for k, v in fields.items() if k in names}
-    params = SamplingParams(**{k: v for k, v in fields.items() if k not in names})
-    with pytest.raises(InvalidArgumentError) as caught:
-        AnswerLog(about.pop("request_id"), about.pop("prompt"), params, **about)
-    assert caught.value.field == field
-
-
-def test_sampling_fields_reach_the_wire() -> None:
-    params = SamplingParams(
-        7, 2, 0.5, 3, 0.25, 0.125, 1.5, 0.75, -0.5, {4: -1.0}, 9, "END", [6], True, 0
-    )
-    sent = AnswerLog("r", [1], params).request(0, None).sampling
-    assert (sent.max_tokens, sent.min_tokens, sent.temperature, sent.top_k) == (7, 2, 0.5, 3)
-    assert (sent.top_p, sent.min_p, sent.repetition_penalty) == (0.25, 0.125, 1.5)
-    assert (sent.presence_penalty, sent.frequency_penalty) == (0.75, -0.5)
-    assert (dict(sent.logit_bias), sent.seed, list(sent.stop)) == ({4: -1.0}, 9, ["END"])
-    assert (list(sent.stop_token_ids), sent.ignore_eos) == ([6], True)
-    assert sent.HasField("logprobs")
-    assert not AnswerLog("r", [1], SamplingParams()).request(0, None).sampling.HasField("logprobs")
 
 
 # Whatever happens on the way

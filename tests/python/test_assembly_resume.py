@@ -25,7 +25,12 @@ def tokenizer(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokeniz
 def raw(index: int, token: int, last: bool) -> RawOutput:
     fields: dict[str, Any] = dict.fromkeys(RawOutput.__dataclass_fields__)
     fields |= {"first_index": index, "token_ids": [token], "logprobs": [], "top_logprobs": []}
-    fields |= {"prompt_logprobs": [], "finish_reason": "length" if last else "", "error": None}
+    fields |= {
+        "prompt_logprobs": [],
+        "prompt_top_logprobs": [],
+        "finish_reason": "length" if last else "",
+        "error": None,
+    }
     return RawOutput(**fields)
 
 

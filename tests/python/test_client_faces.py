@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fake_node import FakeEngine, serving
+from fake_node import FakeEngine, serving, until
 
 from loraserve import AsyncClient, Client, SamplingParams
 from loraserve.client.resume import AnswerLog
@@ -123,17 +123,20 @@ def test_closing_a_client_ends_what_runs(slow_node: tuple[str, FakeEngine]) -> N
 
     def ask() -> None:
         try:
-            client.generate(PROMPT, SamplingParams(max_tokens=100))
+            client.generate(PROMPT, SamplingParams(max_tokens=1_000_000))
         except LoraServeError as error:
             caught.append(error)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.1)
+    end = time.monotonic() + 30
+    while len(slow_node[1].live) < 4:
+        assert time.monotonic() < end
+        time.sleep(0.01)
     client.close()
     for thread in threads:
-        thread.join(5)
+        thread.join(30)
         assert not thread.is_alive()
     assert len(caught) == 4
     assert {type(error) for error in caught} <= {UnavailableError, CancelledError}
@@ -153,8 +156,7 @@ def test_an_async_client_that_is_left_leaves_no_task(slow_node: tuple[str, FakeE
             assert client.routes_age_s is None
             with pytest.raises(UnavailableError):
                 await client.wait_routable(["sql"], timeout_s=0.2)
-        await asyncio.sleep(0.05)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()}, "no task is left", 30)
 
     asyncio.run(test())
 

@@ -16,7 +16,6 @@ from loraserve.controller.admission import (
     Admission,
     PackedFacts,
     check_base,
-    inspect_packed,
 )
 from loraserve.errors import (
     DeadlineExceededError,
@@ -74,11 +73,34 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("length", [0, 1, 7, 64, -1])
+@pytest.mark.parametrize("length", [1, 7, 64, -1])
 def test_a_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
-    (tmp_path / "file").write_bytes(packed()[:length])
     with pytest.raises(InvalidCheckpointError):
-        inspect_packed(tmp_path / "file")
+        asyncio.run(admit(Admission(tmp_path), packed()[:length]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_ends_with_its_first_wrong_chunk(tmp_path: Path) -> None:
+    wide = np.ones((8, 100_000), np.float32)
+    module = AdapterModule(0, "q_proj", 8, 2.0, "F32", wide, wide.T)
+    data = bytearray(pack(AdapterSource("base", (module,))))
+    data[1_000_000] ^= 1
+    taken = 0
+
+    async def counted() -> AsyncIterator[bytes]:
+        nonlocal taken
+        async for chunk in chunks(bytes(data), 1 << 20):
+            taken += 1
+            yield chunk
+
+    async def run() -> None:
+        with pytest.raises(InvalidCheckpointError, match="chunk 0"):
+            async with Admission(tmp_path).receive("acme", len(data), counted()):
+                pass
+
+    asyncio.run(run())
+    assert taken == 2 < len(data) >> 20
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_left_of_a_crash_is_removed(tmp_path: Path) -> None:
@@ -120,30 +142,45 @@ def test_uploads_at_once_are_bounded(tmp_path: Path) -> None:
 
 
 def test_an_upload_that_drips_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission_module, "CHUNK_TIMEOUT_S", 0.4)
-    monkeypatch.setattr(admission_module, "MIN_BYTES_PER_S", 1000)
-    admission = Admission(tmp_path)
+    monkeypatch.setattr(admission_module, "MIN_BYTES_PER_S", 10)
+    now = 0.0
+    admission = Admission(tmp_path, clock=lambda: now)
 
     async def drip(size: int, pause_s: float) -> AsyncIterator[bytes]:
-        data = packed()
-        for begin in range(0, len(data), size):
-            yield data[begin : begin + size]
-            await asyncio.sleep(pause_s)
+        nonlocal now
+        async for chunk in chunks(packed(), size):
+            yield chunk
+            now += pause_s
 
     async def upload(size: int, pause_s: float) -> float:
-        now = asyncio.get_running_loop().time
-        begin = now()
+        begin = now
         async with admission.receive("acme", len(packed()), drip(size, pause_s)):
             pass
-        return now() - begin
+        return now - begin
 
     async def run() -> None:
-        assert await upload(200, 0.1) > 0.45  # slow, but over the rate
-        for size, pause_s, told in ((10, 0.1, r"\d0 bytes came"), (10, 5, "10 bytes came")):
-            begin = asyncio.get_running_loop().time()
-            with pytest.raises(DeadlineExceededError, match=f"chunk: .*{told}"):
-                await upload(size, pause_s)
-            assert asyncio.get_running_loop().time() - begin < 2
+        slow = await upload(200, 19.0)  # just over the rate
+        assert slow > 2 * admission_module.CHUNK_TIMEOUT_S
+        with pytest.raises(DeadlineExceededError, match="chunk: 600 bytes came"):
+            await upload(200, 60.0)
+        assert list(tmp_path.iterdir()) == []
+        assert admission.running == 0
+
+    asyncio.run(run())
+
+
+def test_an_upload_that_stops_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "CHUNK_TIMEOUT_S", 0.05)
+    admission = Admission(tmp_path)
+
+    async def stops() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async def run() -> None:
+        with pytest.raises(DeadlineExceededError, match="chunk: 0 bytes came"):
+            async with admission.receive("acme", 100, stops()):
+                pass
         assert list(tmp_path.iterdir()) == []
         assert admission.running == 0
 

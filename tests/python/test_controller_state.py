@@ -57,8 +57,9 @@ def show(effect: Effect) -> str:
         case SavePlacement(holders, _, removed):
             placed = [f"{a.name}:{'+'.join(n)}" for a, n in holders.items()]
             return f"save {' '.join([*placed, *(f'{a.name}:nowhere' for a in removed)])}"
-        case SendLoad(node, _, s):
-            return f"{node} <- load {s.adapter.name}@{s.revision}"
+        case SendLoad(node, _, s, peers):
+            source = f" from {' '.join(p.node_id for p in peers)}" if peers else ""
+            return f"{node} <- load {s.adapter.name}@{s.revision}{source}"
         case SendDrop(node, _, a, revision):
             return f"{node} <- drop {a.name}@{revision}"
         case PublishRoutes(version, delta):

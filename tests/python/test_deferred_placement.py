@@ -2,6 +2,8 @@
 
 import pytest
 
+from loraserve.controller import planner
+from loraserve.controller.asked import MOST_PATIENCE
 from loraserve.controller.events import (
     AdapterAdded,
     AdapterRemoved,
@@ -13,6 +15,7 @@ from loraserve.controller.events import (
     NodeRecord,
     NodeRegistered,
     PlacementComputed,
+    PlacementFailed,
     SavePlacement,
     TellOperator,
     Tick,
@@ -174,3 +177,85 @@ def test_an_answer_of_trouble_is_told_and_ends_the_wait() -> None:
     cluster.register("n2", 3 * MEMORY, incarnation=2)
     cluster.tick("n1")
     assert len(cluster.questions) == 1
+
+
+# Answers that do not come
+
+
+def troubles(effects: list[Effect]) -> list[str]:
+    return [e.message for e in effects if isinstance(e, TellOperator) and e.trouble]
+
+
+def until_given_up(cluster: Cluster) -> int:
+    """Ticks until another question is asked."""
+    before = len(cluster.questions)
+    for waited in range(1, 10 * SETTINGS.answer_ticks * MOST_PATIENCE):
+        cluster.tick("n1", "n2")
+        if len(cluster.questions) > before:
+            return waited
+    raise AssertionError("nothing is asked any more")
+
+
+def test_an_answer_that_does_not_come_is_given_up_and_asked_for_again() -> None:
+    cluster = Cluster()
+    assert until_given_up(cluster) == SETTINGS.answer_ticks
+    assert cluster.state.failed_placements["overdue"] == 1
+    late, asked = cluster.questions
+    # What was asked before is not awaited any more, however it ends.
+    for event in (PlacementComputed(solve(late)), PlacementFailed(late, "late")):
+        assert cluster.step(event) == []
+    assert cluster.homes() == {"x": (), "y": (), "z": ()}
+    assert cluster.state.failed_placements == {"policy": 1, "overdue": 1}
+    cluster.step(PlacementComputed(solve(asked)))
+    homes = cluster.homes()
+    assert sorted([homes["x"], homes["y"]]) == [("n1",), ("n2",)]
+
+
+def test_a_placement_that_is_only_slow_is_waited_for_longer_and_longer() -> None:
+    cluster = Cluster()
+    waits = [until_given_up(cluster) for _ in range(6)]
+    assert waits == [SETTINGS.answer_ticks * n for n in (1, 2, 4, 8, 16, 16)]
+    cluster.step(PlacementComputed(solve(cluster.questions[-1])))
+    assert all(cluster.homes()[name] for name in "xy")
+    # One that came in time ends that.
+    cluster.register("n2", 3 * MEMORY, incarnation=2)
+    cluster.questions.clear()
+    cluster.tick("n1")
+    assert until_given_up(cluster) == SETTINGS.answer_ticks
+
+
+def test_what_is_overdue_is_told() -> None:
+    cluster = Cluster()
+    for _ in range(SETTINGS.answer_ticks - 1):
+        for node_id in ("n1", "n2"):
+            cluster.step(Heartbeat(node_id, 1, 1, since_generation=1))
+        assert troubles(cluster.step(Tick())) == []
+    assert troubles(cluster.step(Tick())) == [
+        f"a placement was not computed in {SETTINGS.answer_ticks} ticks; asking for another"
+    ]
+
+
+def test_a_placement_that_breaks_is_told_counted_and_tried_again() -> None:
+    cluster = Cluster()
+    broken = PlacementFailed(cluster.questions.pop(), "ZeroDivisionError: division by zero")
+    (why,) = troubles(cluster.step(broken))
+    assert "division by zero" in why
+    assert cluster.step(broken) == []
+    assert cluster.state.failed_placements["error"] == 1
+    assert until_given_up(cluster) == SETTINGS.burst_gap_ticks
+    cluster.answer()
+    assert all(cluster.homes()[name] for name in "xy")
+
+
+def test_an_answer_that_cannot_be_adopted_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster()
+    (question,) = cluster.questions
+    with monkeypatch.context() as broken:
+        broken.setattr(planner, "peak", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            cluster.answer()
+    assert cluster.step(PlacementFailed(question, "it could not be adopted"))
+    assert cluster.state.failed_placements["error"] == 1
+    until_given_up(cluster)
+    cluster.answer()
+    assert all(cluster.homes()[name] for name in "xy")

@@ -28,13 +28,14 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 def test_rows_are_by_rank() -> None:
     outcomes = [outcome("upper"), outcome("stars", right=False), outcome("reverse", ttft_s=0.5)]
-    result = tally(outcomes, 3, 2.0, 3, 2, {"b": ["y", "x"], "a": []})
+    result = tally(outcomes, 3, 2.0, 3, 2, {"b": ["y", "x"], "a": []}, {"ucx": 2})
     assert list(result.rows) == [4, 128]
     assert (result.rows[4].requests, result.rows[4].correct) == (2, 1)
     assert result.rows[128].ttft_p95_s == 0.5
     assert result.whole.tbt_p50_s == 0.02
     assert result.tokens_per_s == 6.0
     assert result.holders == {"a": (), "b": ("x", "y")}
+    assert result.to_json()["peer_reads"] == {"ucx": 2}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_it_passes_with_95_percent_right_and_none_lost(
         + [outcome("sort", right=False)] * wrong
         + [outcome("sort", error="node: is gone")] * failed
     )
-    result = tally(outcomes, right + wrong + failed + missing, 1.0, 1, 1, {})
+    result = tally(outcomes, right + wrong + failed + missing, 1.0, 1, 1, {}, {})
     assert result.passed is passed
     assert result.lost == failed + missing
     assert result.errors == (("node: is gone",) if failed else ())

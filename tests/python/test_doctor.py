@@ -13,7 +13,8 @@ from loraserve.node.doctor import cpu_level, run_doctor
 
 def test_this_machine_can_run_a_node() -> None:
     found = {check.name: check for check in run_doctor(MODEL_DIRECTORY)}
-    assert list(found) == ["cpu", "engine", "cores", "memory", "loopback", "transport", "model"]
+    first = ["cpu", "engine", "cores", "memory", "loopback"]
+    assert list(found) == [*first, "transport", "rdma", "gpudirect", "huge pages", "model"]
     assert not any(check.ok is False for check in found.values())
     assert "gRPC" in found["transport"].detail
     assert found["model"].detail == "llama, 4 layers, context 256, with tokenizer"

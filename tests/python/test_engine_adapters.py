@@ -166,6 +166,22 @@ def test_unloading_lets_what_runs_end(engine: Engine, store: OracleStore) -> Non
     assert engine.stats().pages_adapter == 0
 
 
+def test_unloading_that_took_too_long_can_be_waited_for_again(
+    engine: Engine, store: OracleStore
+) -> None:
+    """So whoever owns the weights' memory knows when it is not read any more."""
+    engine.load_adapter("a", store.adapters(NAME)["r8"])
+    handles = [engine.submit([1, 2, 3 + i], LONG, "a") for i in range(24)]
+    for _ in range(2):
+        with pytest.raises(DeadlineExceededError):
+            engine.unload_adapter("a", timeout_s=0.001)
+    engine.unload_adapter("a", timeout_s=TIMEOUT_S)
+    for handle in handles:
+        assert len(handle.result(TIMEOUT_S).token_ids) == 400
+    with pytest.raises(NotFoundError):
+        engine.unload_adapter("a", timeout_s=TIMEOUT_S)
+
+
 def test_a_request_ends_on_the_revision_it_began_with(
     engine: Engine, store: OracleStore, expected: dict[tuple[str | None, int], Any]
 ) -> None:
@@ -353,7 +369,7 @@ def test_the_log_says_when_installing_changes_the_dtype(
 
 def test_padding_is_reported(store: OracleStore) -> None:
     """The weights of installed adapters against the pages that hold them."""
-    with open_engine(store, page_bytes=16384) as engine:
+    with open_engine(store, page_bytes=16384, prefetch=False) as engine:
         engine.load_adapter("a", store.adapters(NAME)["r128"])
         assert engine.stats().adapter_weight_bytes == 0
         engine.generate([[1]], GREEDY, ["a"])

@@ -193,7 +193,11 @@ def test_with_preemptions(store: OracleStore, alone: list[Any]) -> None:
 @pytest.mark.parametrize("step_bytes", [0, 1_500_000])
 def test_with_adapter_evictions(store: OracleStore, alone: list[Any], step_bytes: int) -> None:
     """Half the adapters fit at a time: they are evicted and installed again, into other pages,
-    while sequences are preempted and prefixes found; every answer keeps its bits."""
+    while sequences are preempted and prefixes found; every answer keeps its bits.
+
+    Installs go on beside the steps, so what meets what is a matter of time: rounds are run until
+    each has been seen.
+    """
     with open_engine(store, memory_bytes=ROOMY) as engine:
         run_batch(engine, 10)
         stats = engine.stats()
@@ -206,13 +210,18 @@ def test_with_adapter_evictions(store: OracleStore, alone: list[Any], step_bytes
         max_batch_tokens=rng.randrange(20, 90),
         max_step_adapter_bytes=step_bytes,
     ) as engine:
-        for seed in (11, 12):
+        for seed in range(11, 41):
             assert_same(run_batch(engine, seed), alone, f"{memory} bytes, round {seed}")
-        stats = engine.stats()
-    assert stats.adapter_evictions > 0
-    assert stats.adapter_installs > len(ADAPTERS)
-    assert stats.preemptions > 0
-    assert stats.prefix_hit_tokens > 0
+            stats = engine.stats()
+            seen = {
+                "evictions": stats.adapter_evictions,
+                "installs again": max(0, stats.adapter_installs - len(ADAPTERS)),
+                "preemptions": stats.preemptions,
+                "prefix hits": stats.prefix_hit_tokens,
+            }
+            if seed >= 12 and all(seen.values()):
+                break
+    assert all(seen.values()), seen
 
 
 def test_with_random_chunk_sizes(store: OracleStore, alone: list[Any]) -> None:

@@ -258,15 +258,20 @@ def test_a_doctored_answer_is_caught(store: OracleStore) -> None:
     reference, prompt = store.reference("llama"), prompt_for("llama")[:20]
     rows = reference.log_probs(prompt)
     best = int(rows[-1].argmax())
-    top = {int(i): rows[-1, i].item() for i in rows[-1].topk(2).indices}
+
+    def top_of(row: Any) -> dict[int, float]:
+        return {int(i): row[i].item() for i in row.topk(2).indices}
+
+    top = top_of(rows[-1])
     right: dict[str, Any] = {
         "token_ids": [best],
         "logprobs": [rows[-1, best].item()],
         "top_logprobs": [top],
         "prompt_logprobs": [None] + [rows[i - 1, prompt[i]].item() for i in range(1, 20)],
+        "prompt_top_logprobs": [None, *(top_of(row) for row in rows[:19])],
     }
     second = next(token for token in top if token != best)
-    prompt_rows = right["prompt_logprobs"]
+    prompt_rows, prompt_tops = right["prompt_logprobs"], right["prompt_top_logprobs"]
     doctored: dict[str, dict[str, Any]] = {
         "nothing": {},
         "second best token": {"token_ids": [second], "logprobs": [top[second]]},
@@ -280,6 +285,8 @@ def test_a_doctored_answer_is_caught(store: OracleStore) -> None:
         "prompt shifted": {"prompt_logprobs": [None, *prompt_rows[2:], prompt_rows[1]]},
         "prompt too short": {"prompt_logprobs": prompt_rows[:-1]},
         "first of prompt": {"prompt_logprobs": [0.0, *prompt_rows[1:]]},
+        "tops of prompt shifted": {"prompt_top_logprobs": [None, *prompt_tops[2:], prompt_tops[1]]},
+        "tops of prompt too short": {"prompt_top_logprobs": prompt_tops[:-1]},
     }
     for what, change in doctored.items():
         answer: Any = SimpleNamespace(**{**right, **change})

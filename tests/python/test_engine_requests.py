@@ -1,6 +1,7 @@
 """The engine as its users hold it: the demo model, text, streams, deadlines, stopping, resuming."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -61,7 +62,9 @@ def test_the_first_example() -> None:
 
     chunks = asyncio.run(stream())
     assert "".join(chunk.text for chunk in chunks) == "ABC"
-    assert [chunk.first_index for chunk in chunks] == list(range(len(chunks)))
+    # They join without gap or overlap; a loop that is slow gets several steps as one chunk.
+    ends = itertools.accumulate((len(chunk.token_ids) for chunk in chunks), initial=0)
+    assert [chunk.first_index for chunk in chunks] == list(ends)[:-1]
     assert chunks[-1].finish_reason == "stop"
     engine.close()
 
@@ -162,7 +165,7 @@ def test_a_deadline_passes_while_running_and_while_waiting() -> None:
                 handle.result(TIMEOUT_S)
             assert caught.value.field == "deadline"
         # Long before either could have ended, and everything was given back.
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < TIMEOUT_S
         wait_until_idle(engine)
         assert len(engine.submit([3], greedy(ignore_eos=True)).result(TIMEOUT_S).token_ids) == 16
         assert engine.stats().generated_tokens < 400
@@ -174,20 +177,21 @@ def test_the_time_in_the_queue_is_told() -> None:
 
         async def ask() -> tuple[list[Any], float, list[Any]]:
             loop = asyncio.get_running_loop()
+            submitting = time.monotonic()
             first = engine.submit([1, 2], LONG, loop=loop)
             second = engine.submit([3, 4], greedy(max_tokens=3, ignore_eos=True), loop=loop)
-            submitted = time.monotonic()
             before = [chunk async for chunk in first.chunks()]
-            ended = time.monotonic() - submitted
-            return before, ended, [chunk async for chunk in second.chunks()]
+            chunks = [chunk async for chunk in second.chunks()]
+            return before, time.monotonic() - submitting, chunks
 
         before, ended, chunks = asyncio.run(ask())
-        assert before[0].queue_s < ended
-        assert 0.5 * ended <= chunks[0].queue_s <= ended + 0.5
-        assert [chunk.queue_s for chunk in chunks[1:]] == [0.0, 0.0]
-        assert all(chunk.queue_s == 0.0 for chunk in before[1:])
-        alone = engine.submit([5], greedy()).result(TIMEOUT_S)
-        assert 0.0 <= alone.queue_s < 0.5 * ended + 0.05
+        stepping = engine.stats().step_seconds
+        assert before[0].queue_s < chunks[0].queue_s <= ended
+        # The steps of the first, but for what went before the second was there.
+        assert chunks[0].queue_s > 0.25 * stepping
+        assert all(chunk.queue_s == 0.0 for chunk in (*chunks[1:], *before[1:]))
+        alone = [engine.submit([5], greedy()).result(TIMEOUT_S).queue_s for _ in range(5)]
+        assert 0.0 <= min(alone) < chunks[0].queue_s
 
 
 def test_tenants_do_not_share_prefixes(engine: Engine) -> None:
@@ -235,7 +239,7 @@ def test_one_wake_up_carries_a_steps_tokens(engine: Engine) -> None:
 
         async def one(index: int) -> int:
             params = greedy(max_tokens=40, ignore_eos=True)
-            return len([c async for c in engine.stream([index + 1, 7], params)])
+            return sum([len(c.token_ids) async for c in engine.stream([index + 1, 7], params)])
 
         tokens = sum(await asyncio.gather(*(one(i) for i in range(8))))
         return calls, tokens

@@ -15,7 +15,6 @@ from node_calls import answers, refused, run, store_with
 from loraserve.errors import FailedPreconditionError, UnavailableError
 from loraserve.node.demand import DemandCounter
 from loraserve.node.held import DRAINING, FAILED, FETCHING, HOST
-from loraserve.node.limits import Limits
 from loraserve.node.server import NodeServer
 
 Script = Callable[[FakeController, NodeServer, FakeEngine, object], Awaitable[None]]
@@ -44,7 +43,7 @@ def test_a_node_says_who_it_is_and_what_it_has(tmp_path: Path) -> None:
         assert (who.node_id, who.address, who.base.name) == ("n1", server.address, BASE)
         assert (who.base.digest, who.incarnation) == ("d" * 64, server.node.incarnation)
         assert (who.limits.context_tokens, who.limits.max_rank) == (CONTEXT, 512)
-        assert who.adapter_memory_bytes == Limits().adapter_memory_bytes
+        assert who.adapter_memory_bytes == server.node.adapters.memory_bytes == (64 << 10) * 7 // 8
         beat = fake.beats[0]
         assert (beat.node_id, beat.incarnation) == ("n1", who.incarnation)
         assert (beat.load.total_pages, beat.draining, beat.applied_command_id) == (100, False, 0)

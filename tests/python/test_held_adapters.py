@@ -1,10 +1,10 @@
-"""The adapters of a node: loaded once however many ask, evicted when cold, dropped when idle."""
+"""The adapters of a node: loaded once however many ask, dropped when idle, changes told."""
 
 import asyncio
 
 import pytest
 from adapter_home import Home, play
-from fake_node import BASE, revision, spec, until
+from fake_node import BASE, load_of, revision, spec, until
 
 from loraserve.errors import (
     FailedPreconditionError,
@@ -63,89 +63,9 @@ def test_the_queue_of_an_adapter_is_bounded_and_its_own() -> None:
     play(script, waiting=2)
 
 
-def test_the_coldest_that_nobody_uses_or_placed_goes_first() -> None:
-    async def script(home: Home) -> None:
-        placed = home.held.begin_load(spec("a", "a"), placed=True)
-        await placed.settled.wait()
-        await home.touch("b", "c", "d")
-        used = await home.use("b")  # the coldest but for `a`, and in use
-        await home.touch("e")
-        await home.settle()
-        assert home.states() == {"a@a": HOST, "b@b": HOST, "d@d": HOST, "e@e": HOST}
-        home.done(used)  # now the warmest
-        await home.touch("c")
-        await home.settle()
-        assert home.states() == {"a@a": HOST, "b@b": HOST, "c@c": HOST, "e@e": HOST}
-        assert [name.split("/")[1][0] for name in home.engine.unloaded] == ["c", "d"]
-
-    play(script, memory=400)
-
-
-def test_memory_that_is_in_use_is_not_given_away() -> None:
-    async def script(home: Home) -> None:
-        used = await home.use("a")
-        placed = home.held.begin_load(spec("b", "b"), placed=True)
-        await placed.settled.wait()
-        with pytest.raises(ResourceExhaustedError, match="200 of 200 are in use") as caught:
-            await home.use("c")
-        assert caught.value.retry_after_s
-        with pytest.raises(ResourceExhaustedError, match="of 200 here") as caught:
-            home.held.begin_load(spec("big", "d", 201), placed=True)
-        assert caught.value.retry_after_s is None
-        assert home.states() == {"a@a": HOST, "b@b": HOST}
-        home.done(used)
-        await home.touch("c")
-        await home.settle()
-        assert home.states() == {"b@b": HOST, "c@c": HOST}
-
-    play(script, memory=200)
-
-
-def test_an_adapter_of_unknown_size_is_weighed_when_it_is_there() -> None:
-    async def script(home: Home) -> None:
-        used = await home.use("a")
-        held = home.held.begin_load(spec("b", "b", size=0), placed=False)
-        await held.settled.wait()
-        assert isinstance(held.error, ResourceExhaustedError)
-        home.done(used)
-        held = home.held.begin_load(spec("b", "b", size=0), placed=False)
-        await held.settled.wait()
-        assert (held.error, held.spec.size_bytes, held.spec.max_rank) == (None, 100, 8)
-        await home.settle()
-        assert home.states() == {"b@b": HOST}
-
-    play(script, memory=100)
-
-
-def test_two_that_come_at_once_find_room_for_both() -> None:
-    async def script(home: Home) -> None:
-        await home.touch("a", "b", "c")
-        both = await asyncio.gather(home.use("d"), home.use("e"))
-        await home.settle()
-        assert home.states() == {"c@c": HOST, "d@d": HOST, "e@e": HOST}
-        for use in both:
-            home.done(use)
-
-    play(script, memory=300)
-
-
-def test_what_is_evicted_and_wanted_again_takes_no_more_than_there_is() -> None:
-    async def script(home: Home) -> None:
-        await home.touch("a", "b")
-        coming = home.held.begin_load(spec("c", "c"), placed=False)  # in place of `a`
-        assert home.states() == {"a@a": DRAINING, "b@b": HOST, "c@c": FETCHING}
-        back = home.held.begin_load(spec("a", "a"), placed=False)  # in place of `b`
-        await asyncio.gather(coming.settled.wait(), back.settled.wait())
-        await home.settle()
-        assert home.states() == {"a@a": HOST, "c@c": HOST}
-        assert len(home.engine.loaded) == 2
-
-    play(script, memory=200)
-
-
 def test_an_adapter_dropped_before_its_load_began_ends_it() -> None:
     async def script(home: Home) -> None:
-        held = home.held.begin_load(spec("a", "a"), placed=True)
+        held = home.held.begin_load(load_of("a", "a"), placed=True)
         home.held.begin_drop(held)
         await asyncio.wait_for(held.settled.wait(), 1)
         assert isinstance(held.error, UnavailableError)
@@ -271,14 +191,14 @@ def test_a_failed_load_takes_no_memory_and_hurts_no_other() -> None:
         await home.settle()
         assert home.states() == {"b@b": FAILED, "c@c": HOST}
 
-    play(script, memory=100)
+    play(script, adapters=1)
 
 
 def test_a_new_revision_stands_beside_the_old_one() -> None:
     async def script(home: Home) -> None:
         old = await home.use("sql", "a")
         home.points["sql"] = "b"
-        coming = home.held.begin_load(spec("sql", "b"), placed=True)
+        coming = home.held.begin_load(load_of("sql", "b"), placed=True)
         assert (await home.use("sql"))[0] is old[0]  # until the new one serves
         await coming.settled.wait()
         assert (await home.use("sql"))[0] is coming
@@ -291,7 +211,7 @@ def test_a_new_revision_stands_beside_the_old_one() -> None:
         await home.settle()
         assert home.states() == {"sql@b": HOST}
 
-    play(script, memory=100)
+    play(script, adapters=2)
 
 
 def test_a_new_revision_that_fails_turns_nobody_away() -> None:
@@ -299,7 +219,7 @@ def test_a_new_revision_that_fails_turns_nobody_away() -> None:
         home.source.stuck = {"a"}
         waiting = home.begin("sql", "a")
         await until(lambda: home.states() == {"sql@a": FETCHING}, "fetching")
-        broken = home.held.begin_load(spec("sql", "y"), placed=True)
+        broken = home.held.begin_load(load_of("sql", "y"), placed=True)
         await broken.settled.wait()
         assert broken.state == FAILED
         by_name = home.begin("sql")
@@ -373,7 +293,7 @@ def test_a_waiting_request_that_leaves_does_not_end_the_load() -> None:
 def test_close_ends_what_is_on_its_way() -> None:
     async def script(home: Home) -> None:
         home.source.stuck = {"a"}
-        fetching, new = home.begin("a"), home.held.begin_load(spec("b", "b"), placed=True)
+        fetching, new = home.begin("a"), home.held.begin_load(load_of("b", "b"), placed=True)
         used = await home.use("c")
         home.held.begin_drop(used[0])  # would wait for its user for ever
         await asyncio.sleep(0.01)

@@ -4,7 +4,17 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
-from fake_node import BASE, FakeEngine, FakeSource, read_fake, revision, spec, until
+from fake_node import (
+    BASE,
+    FakeEngine,
+    FakeSource,
+    host_copies,
+    letter_of,
+    load_of,
+    pool_bytes,
+    revision,
+    until,
+)
 from fuzz_budget import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,12 +23,12 @@ from loraserve.errors import LoraServeError, UnavailableError
 from loraserve.node.adapters import HeldAdapters
 from loraserve.node.held import FAILED, FETCHING, HOST, HeldAdapter
 from loraserve.node.limits import Limits
+from loraserve.node.load_info import AdapterLoadInfo
 from loraserve.node.requests import LiveRequest
-from loraserve.node.sources import AdapterFetch
-from loraserve.placement.types import AdapterId, AdapterSpec
+from loraserve.placement.types import AdapterId
 
-MEMORY = 300
-NAMES, LETTERS = "pqr", "abc"
+MEMORY = pool_bytes(3)
+NAMES, LETTERS = "pqr", "abcd"
 
 Step = tuple[str, int, str, str, int]
 STEPS = st.lists(
@@ -34,7 +44,7 @@ STEPS = st.lists(
 
 
 class Play:
-    """Every name points to revision "a"; the others exist too. Each has 100 bytes."""
+    """Every name points to revision "a"; the others exist too."""
 
     def __init__(self) -> None:
         self.engine = FakeEngine()
@@ -42,18 +52,18 @@ class Play:
         self.now_s = 0.0
         self.waiting: list[asyncio.Task[HeldAdapter]] = []
         self.using: list[tuple[HeldAdapter, LiveRequest]] = []
-        self.placed = False
+        self.host = host_copies(MEMORY, self.source)
         self.held = HeldAdapters(
             self.engine,
-            AdapterFetch([self.source], MEMORY, read_fake),
-            Limits(adapter_memory_bytes=MEMORY, max_waiting_per_adapter=3),
+            self.host,
+            Limits(max_waiting_per_adapter=3),
             resolve=self._resolve,
             clock=lambda: self.now_s,
         )
 
-    async def _resolve(self, adapter: AdapterId, wanted: str | None) -> AdapterSpec:
+    async def _resolve(self, adapter: AdapterId, wanted: str | None) -> AdapterLoadInfo:
         await asyncio.sleep(0)
-        return spec(adapter.name, wanted[0] if wanted else "a")
+        return load_of(adapter.name, letter_of(wanted) if wanted else "a")
 
     async def use(self, name: str, letter: str | None) -> HeldAdapter:
         user = LiveRequest("default", name, 0)
@@ -61,7 +71,7 @@ class Play:
         wanted = revision(letter) if letter else None
         held = self.held.acquire_now(adapter, wanted, user)
         held = held or await self.held.acquire(adapter, wanted, user)
-        assert letter in (None, held.spec.revision[0])
+        assert letter in (None, letter_of(held.spec.revision))
         self.using.append((held, user))
         user.abort = lambda: self.done((held, user))
         return held
@@ -83,9 +93,8 @@ class Play:
             case "leave" if self.waiting:
                 self.waiting[pick % len(self.waiting)].cancel()
             case "load":
-                self.placed = True
                 with contextlib.suppress(LoraServeError):
-                    self.held.begin_load(spec(name, letter), placed=True)
+                    self.held.begin_load(load_of(name, letter), placed=True)
             case "drop" if copies:
                 self.held.begin_drop(copies[pick % len(copies)])
             case "end" if copies:
@@ -110,7 +119,7 @@ class Play:
             lambda: (
                 all(task.done() for task in self.waiting)
                 and not self.held._waiting
-                and not self.held._resolving
+                and not self.held._resolving._asking
                 and not any(h.state == FETCHING for h in self.held._all())
                 and all(h.users for h in self.held._all() if h.dropping is not None)
             ),
@@ -121,8 +130,12 @@ class Play:
             lambda: sorted(self.engine.loaded) == sorted(h.engine_name for h in kept), "unloaded"
         )
         assert {u for h in kept for u in h.users} == {user for _, user in self.using}
-        # Only a placed revision may stand beside another that it replaces.
-        assert self.placed or sum(h.spec.size_bytes for h in kept) <= MEMORY
+        # The pool has what is held, once for all names of a revision, and nothing else.
+        revisions = {h.spec.revision for h in kept}
+        await until(
+            lambda: self.host.pool.bytes_free == MEMORY - pool_bytes(len(revisions)), "given back"
+        )
+        assert set(self.host.pool._slots) == revisions
 
 
 @settings(max_examples=examples(120), deadline=None)

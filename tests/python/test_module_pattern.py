@@ -68,6 +68,8 @@ def test_patterns_match_exactly_what_re_matches(pattern: str, name: str) -> None
     assert ours.matches_whole(name, budget) is (re.fullmatch(pattern, name) is not None)
 
 
+# The oracle warns of sets like [a||], which may mean something else one day.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @settings(max_examples=examples(300), deadline=None)
 @given(st.text(r"ab(|)[]^-$*+?{},1\d.", max_size=12))
 def test_any_pattern_text_is_answered_as_re_does_or_refused(pattern: str) -> None:

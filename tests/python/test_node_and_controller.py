@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc.aio
 from controller_fixtures import Site, controller
-from fake_node import BASE, FakeEngine, blob, inspect_fake, revision, serving, until
+from fake_node import BASE, FakeEngine, blob, letter_of, revision, serving, until
 from node_calls import answers, refused, run
 
+from loraserve.controller.admission import PackedCheck
 from loraserve.node.held import HOST
 from loraserve.node.server import NodeServer
 from loraserve.wire import bearer_metadata
@@ -34,7 +35,7 @@ async def node(
 
 def states(server: NodeServer) -> dict[str, int]:
     return {
-        f"{r.adapter.tenant}/{r.adapter.name}@{r.revision[0]}": r.state
+        f"{r.adapter.tenant}/{r.adapter.name}@{letter_of(r.revision)}": r.state
         for r in server.node.adapters.residency()
     }
 
@@ -43,7 +44,7 @@ def test_an_upload_is_placed_served_updated_and_removed(tmp_path: Path) -> None:
     async def test() -> None:
         engine = FakeEngine(step_s=0.005)
         async with (
-            controller(tmp_path, inspector=inspect_fake) as site,
+            controller(tmp_path, new_check=PackedCheck) as site,
             node(site, tmp_path, engine) as (server, channel),
         ):
             acme, zeta = site.auth("acme"), site.auth("zeta")
@@ -78,7 +79,7 @@ def test_a_node_asks_for_what_was_not_placed_on_it(tmp_path: Path) -> None:
     async def test() -> None:
         first, second = FakeEngine(), FakeEngine()
         async with (
-            controller(tmp_path, inspector=inspect_fake) as site,
+            controller(tmp_path, new_check=PackedCheck) as site,
             node(site, tmp_path, first) as (one, channel),
             node(site, tmp_path, second, node_id="n2") as (two, other),
         ):
@@ -103,7 +104,7 @@ def test_a_node_asks_for_what_was_not_placed_on_it(tmp_path: Path) -> None:
 def test_serving_goes_on_without_the_controller_and_finds_it_again(tmp_path: Path) -> None:
     async def test() -> None:
         engine = FakeEngine()
-        async with controller(tmp_path, inspector=inspect_fake) as site:
+        async with controller(tmp_path, new_check=PackedCheck) as site:
             listen = site.server.address
             keys = dict(site.keys)
             await site.create("sql", blob("a"), base=BASE)
@@ -119,7 +120,7 @@ def test_serving_goes_on_without_the_controller_and_finds_it_again(tmp_path: Pat
             assert (unknown.code, unknown.field) == ("UNAVAILABLE", "adapter")
             assert "controller does not answer" in unknown.message
             async with controller(
-                tmp_path, inspector=inspect_fake, listen=listen, keys=keys
+                tmp_path, new_check=PackedCheck, listen=listen, keys=keys
             ) as site:
                 await until(lambda: bool(site.server.runtime.state.nodes), "registered", 10)
                 assert server._link is not None
@@ -137,7 +138,7 @@ def test_serving_goes_on_without_the_controller_and_finds_it_again(tmp_path: Pat
 def test_a_node_with_a_wrong_key_serves_what_it_has(tmp_path: Path, caplog: Any) -> None:
     async def test() -> None:
         async with (
-            controller(tmp_path, inspector=inspect_fake) as site,
+            controller(tmp_path, new_check=PackedCheck) as site,
             node(site, tmp_path, FakeEngine(), controller_key="lsk_wrong") as (server, channel),
         ):
             await until(lambda: "serving goes on" in caplog.text, "told")

@@ -19,6 +19,7 @@ from loraserve.checkpoint.durable_store import DurableStore
 from loraserve.checkpoint.packed_adapter import pack, parse_packed
 from loraserve.demo import MODEL_NAME
 from loraserve.node.held import DEVICE, HOST
+from loraserve.node.load_info import AdapterLoadInfo
 from loraserve.node.server import NodeServer
 from loraserve.placement.types import AdapterId, AdapterSpec
 from loraserve.v1 import node_pb2
@@ -112,7 +113,7 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused_alone(tmp_path: Path)
         async with serving_demo("upper", store=tmp_path / "store") as (server, channel):
             adapter = AdapterId("default", MODEL_NAME, "odd")
             spec = AdapterSpec(adapter, revision, len(blob), 3)
-            held = server.node.adapters.begin_load(spec, placed=True)
+            held = server.node.adapters.begin_load(AdapterLoadInfo(spec), placed=True)
             await held.settled.wait()
             error = await refused(answers(channel, adapter={"name": "odd"}))
             assert (error.code, error.field) == ("FAILED_PRECONDITION", "adapter")
@@ -125,7 +126,7 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused_alone(tmp_path: Path)
 def test_a_request_expires_while_it_waits_for_the_engine() -> None:
     async def test() -> None:
         async with serving_demo(max_sequences=1) as (server, channel):
-            running = [generate(channel, f"r{i}", sampling=LONG) for i in range(40)]
+            running = [generate(channel, f"r{i}", sampling=LONG) for i in range(150)]
             await running[0].read()
             begin = time.monotonic()
             short = {"timeout": Duration(nanos=30_000_000)}

@@ -89,6 +89,7 @@ def test_a_node_from_its_start_to_sigterm(node: tuple[subprocess.Popen[str], Pat
             assert await services(channel) == {
                 "loraserve.v1.InferenceService",
                 "loraserve.v1.NodeService",
+                "loraserve.v1.PeerService",
                 "grpc.health.v1.Health",
                 "grpc.reflection.v1alpha.ServerReflection",
             }
@@ -102,10 +103,12 @@ def test_a_node_from_its_start_to_sigterm(node: tuple[subprocess.Popen[str], Pat
             seen = await asyncio.to_thread(metrics)
             assert seen['loraserve_requests_total{code="OK"}'] == 2
             assert seen["loraserve_ttft_seconds_count"] == 2
-            assert seen["loraserve_tbt_seconds_count"] >= 6
             assert seen["loraserve_queue_depth"] == 0
             assert seen['loraserve_pages{use="adapter"}'] > 0
             assert seen['loraserve_pages{use="free"}'] > 0
+            assert seen["loraserve_adapter_installs_total"] > 0
+            assert seen["loraserve_adapter_install_seconds_total"] > 0
+            assert seen["loraserve_adapters_installing"] == 0
             assert seen['loraserve_adapter_resident{state="device"}'] == 1
 
             # What runs when the signal comes goes on to its end.
@@ -119,18 +122,26 @@ def test_a_node_from_its_start_to_sigterm(node: tuple[subprocess.Popen[str], Pat
             busy = await asyncio.to_thread(metrics)
             assert busy['loraserve_pages{use="kv"}'] > 0
             assert busy["loraserve_requests_running"] + busy["loraserve_queue_depth"] > 0
+            # A gap is between messages, and one message may bring the tokens of several steps.
+            while (await asyncio.to_thread(metrics))["loraserve_tbt_seconds_count"] < 6:
+                await asyncio.sleep(0.01)
             process.send_signal(signal.SIGTERM)
             assert (await watching.read()).status == NOT_SERVING
             late = await refused(text_of(generate(channel, "late")))
             assert isinstance(late, UnavailableError)
-            for call in running:
-                last = (await rest_of(call))[-1]
+            for first, call in zip(firsts, running, strict=True):
+                last = [first, *await rest_of(call)][-1]  # on a busy machine the first brings all
                 assert last.usage.completion_tokens == 200
         code, errors = await asyncio.to_thread(finish, process)
         assert code == 0, errors
         assert errors.splitlines()[-1].endswith("stopped"), errors
         assert " ERROR " not in errors
-        for said in ("no key file", f"node n1 serves on {address}", "transport: gRPC", "draining"):
+        for said in (
+            "no key file",
+            f"node n1 serves on {address}",
+            "between nodes over: ",
+            "draining",
+        ):
             assert said in errors
 
     run(test)
@@ -251,9 +262,13 @@ def test_what_keeps_a_node_from_starting_is_one_line_and_code_2(
             ((*MODEL, *FREE, "--adapter", f"u={empty}"), "adapter u: "),
             ((*MODEL, *FREE, "--adapter", f"u={upper}", "--adapter", f"u={upper}"), "--adapter"),
             (
-                (*MODEL, *FREE, "--adapter", f"u={upper}", "--adapter-memory-bytes", 100),
-                "adapter u: adapter_memory_bytes: ",
+                (*MODEL, *FREE, "--adapter", f"u={upper}", "--host-pool-bytes", 100),
+                "adapter u: host_pool_bytes: ",
             ),
+            ((*MODEL, *FREE, "--host-pool-bytes", 0), "--host-pool-bytes: at least 1"),
+            ((*MODEL, *FREE, "--host-pool-bytes", 1 << 50), "host-pool-bytes: 1125899906842624"),
+            ((*MODEL, *FREE, "--disk-cache", upper / "adapter_config.json"), "disk-cache: "),
+            ((*MODEL, *FREE, "--min-fetch-bandwidth", 0), "--min-fetch-bandwidth: at least 1"),
             ((*MODEL, *FREE, "--controller", "nowhere"), "controller: 'nowhere' is not host:port"),
             (
                 (*MODEL, *FREE, "--controller", "a:1", "--controller-key", tmp_path / "none"),

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from fake_node import BASE, CONTEXT, FACTS, FakeEngine, read_fake, revision, serving, until
+from fake_node import BASE, CONTEXT, FACTS, SIZE, FakeEngine, letter_of, revision, serving, until
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import (
     health_pb2,
@@ -13,6 +13,7 @@ from grpc_health.v1 import (
 )
 from node_calls import answers, refused, run, store_with
 
+from loraserve.checkpoint.packed_adapter import load_adapter_source
 from loraserve.node.engine_api import LoadedModel
 from loraserve.node.server import NodeOptions, NodeServer
 from loraserve.security import Role, create_key
@@ -91,7 +92,7 @@ def test_operators_load_list_and_unload(tmp_path: Path) -> None:
             assert [(r.revision, r.state) for r in held] == [
                 (revision("a"), common_pb2.RESIDENCY_STATE_HOST)
             ]
-            assert held[0].size_bytes == 100
+            assert held[0].size_bytes == SIZE
             running = asyncio.ensure_future(
                 answers(channel, "old", adapter={"name": "sql"}, sampling={"max_tokens": 1000})
             )
@@ -117,7 +118,7 @@ def test_operators_load_list_and_unload(tmp_path: Path) -> None:
             assert gone.code == "NOT_FOUND"
             assert (await refused(load("c"))).code == "NOT_FOUND"
             states = {
-                r.revision[0]: r.state
+                letter_of(r.revision): r.state
                 for r in (await service.ListResidency(node_pb2.ListResidencyRequest())).residency
             }
             assert states == {
@@ -165,7 +166,7 @@ def test_the_node_refuses_until_its_model_is_there() -> None:
             assert may_open.wait(10)
             return LoadedModel(FakeEngine(), FACTS)
 
-        server = NodeServer(NodeOptions("n1", BASE), slow, read_fake)
+        server = NodeServer(NodeOptions("n1", BASE), slow, load_adapter_source)
         starting = asyncio.ensure_future(server.start())
         try:
             await until(lambda: bool(server.address), "listening")

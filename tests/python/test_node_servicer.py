@@ -237,12 +237,3 @@ def test_attempt_after_attempt_is_bounded_like_any_request() -> None:
             assert not len(server.node.requests)
 
     run(test)
-
-
-def test_step_stream_is_not_offered_yet() -> None:
-    async def test() -> None:
-        async with serving(FakeEngine()) as (_, channel):
-            call = inference_pb2_grpc.InferenceServiceStub(channel).StepStream()
-            assert await call.code() == grpc.StatusCode.UNIMPLEMENTED
-
-    run(test)

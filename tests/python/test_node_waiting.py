@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from fake_node import FakeEngine, FakeStream, serving, spec, until
+from fake_node import FakeEngine, FakeStream, load_of, serving, until
 from google.protobuf.duration_pb2 import Duration
 from node_calls import answers, generate, node_service, refused, run, store_with
 
@@ -31,7 +31,7 @@ def waiting_for_sql(server: NodeServer, count: int) -> bool:
 async def begin_slow_load(server: NodeServer, engine: FakeEngine) -> None:
     """`sql` is on its way until `engine.may_load` is set."""
     engine.may_load.clear()
-    held = server.node.adapters.begin_load(spec("sql", "a"), placed=True)
+    held = server.node.adapters.begin_load(load_of("sql", "a"), placed=True)
     await until(lambda: held.installing, "installing")
 
 
@@ -52,6 +52,32 @@ def test_a_request_leaves_the_queue_of_its_adapter_when_its_time_is_over(tmp_pat
             assert len(await patient) == 3
             assert waiting_for_sql(server, 0)
             assert not len(server.node.requests)
+
+    run(test)
+
+
+def test_only_what_the_engine_has_waits_for_it(tmp_path: Path) -> None:
+    """A node that waits for bytes has no strain on its engine."""
+
+    async def test() -> None:
+        engine = FakeEngine(step_s=3600.0)
+        async with serving(engine, store_with(tmp_path, "a")) as (server, channel):
+            queued = generate(channel, "queued")
+            await until(lambda: len(engine.calls) == 1, "in the engine")
+            tokens = len(engine.calls[0]["prompt"])
+            assert server.node.requests.queued_prefill_tokens == tokens > 0
+            await begin_slow_load(server, engine)
+            waiting = generate(channel, "waiting", adapter=SQL)
+            await until(lambda: waiting_for_sql(server, 1), "waits for its adapter")
+            assert server.node.requests.queued_prefill_tokens == tokens
+            assert len(server.node.requests) == 2
+            engine.may_load.set()
+            await until(lambda: len(engine.calls) == 2, "both in the engine")
+            assert server.node.requests.queued_prefill_tokens == 2 * tokens
+            for call in (queued, waiting):
+                call.cancel()
+            await until(lambda: not len(server.node.requests), "gone")
+            assert server.node.requests.queued_prefill_tokens == 0
 
     run(test)
 
@@ -145,7 +171,7 @@ def test_a_client_that_does_not_read_holds_nothing_for_ever(
     async def test() -> None:
         engine = Wordy()
         async with serving(engine, store_with(tmp_path, "a")) as (server, channel):
-            held = server.node.adapters.begin_load(spec("sql", "a"), placed=True)
+            held = server.node.adapters.begin_load(load_of("sql", "a"), placed=True)
             await held.settled.wait()
             more = {"timeout": Duration(nanos=500_000_000)} if end == "deadline" else {}
             call = generate(channel, adapter=SQL, sampling={"max_tokens": 100_000}, **more)
@@ -181,7 +207,7 @@ def test_a_client_that_reads_nothing_is_cut_off(tmp_path: Path) -> None:
     async def test() -> None:
         engine, limits = Wordy(), Limits(stall_timeout_s=0.3)
         async with serving(engine, store_with(tmp_path, "a"), limits) as (server, channel):
-            held = server.node.adapters.begin_load(spec("sql", "a"), placed=True)
+            held = server.node.adapters.begin_load(load_of("sql", "a"), placed=True)
             await held.settled.wait()
             call = generate(channel, adapter=SQL, sampling={"max_tokens": 100_000})
             await call.read()

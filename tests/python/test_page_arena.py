@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from loraserve._testing import PageArena, PageUse, StatusError
 
 PAGES = 16

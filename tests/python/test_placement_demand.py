@@ -1,8 +1,15 @@
 """The demand tracker: smoothing, headroom, priors, rubbish, and what idle adapters cost."""
 
 import math
+import random
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
+from fuzz_budget import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scalar_demand import ScalarDemand
 
 from loraserve.placement.demand import FLOOR, DemandTracker, bursts
 from loraserve.placement.types import AdapterId, Demand
@@ -151,7 +158,7 @@ def test_idle_adapters_cost_nothing() -> None:
     for second in range(1, 40):
         tracker.add(A, 1000, 0)
         tracker.close_window(float(second))
-    assert set(tracker._rates) == {A}
+    assert tracker._rates.adapters == [A]
     assert not tracker._new
     assert FLOOR < 0.1
 
@@ -200,3 +207,61 @@ def test_a_prior_lasts_two_usual_windows() -> None:
         tracker.add(B, 1000, 0)
         tracker.close_window(end)
     assert A not in tracker.demand()
+
+
+_WHO = st.integers(0, 11).map(lambda i: adapter(f"a{i}"))
+_TOKENS = st.one_of(st.just(0), st.integers(1, 30), st.integers(1000, 100_000))
+_STEPS = st.one_of(
+    st.tuples(st.just("admit"), _WHO, st.sampled_from([4, 8, 64])),
+    st.tuples(st.just("forget"), _WHO),
+    st.tuples(st.just("add"), _WHO, _TOKENS, _TOKENS, st.sampled_from([None, 0, 1, 2, 40])),
+    st.tuples(st.just("add"), _WHO, _TOKENS, _TOKENS, st.sampled_from([None, 1])),
+    st.tuples(st.just("close"), st.sampled_from([60.0, 60.0, 5.0, 0.5, 300.0])),
+)
+
+
+def same(found: Mapping[Any, Demand], wanted: Mapping[Any, Demand]) -> bool:
+    return found.keys() == wanted.keys() and all(
+        found[key] == pytest.approx(wanted[key], rel=1e-9, abs=1e-12) for key in wanted
+    )
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(st.lists(_STEPS, min_size=5, max_size=80), st.sampled_from([0.0, 60.0]))
+def test_columns_say_what_each_adapter_alone_would(
+    steps: list[tuple[Any, ...]], window_s: float
+) -> None:
+    fast, slow = DemandTracker(window_s), ScalarDemand(window_s)
+    now = 0.0
+    for name, *arguments in [("close", 1.0), *steps, ("close", 60.0)]:
+        if name == "close":
+            now += arguments[0]
+            arguments, name = [now], "close_window"
+        for tracker in (fast, slow):
+            getattr(tracker, name)(*arguments)
+        assert same(fast.rates, slow.rates)
+        assert same(fast.idle(), slow.idle())
+        assert same(fast.demand(), slow.demand())
+
+
+def test_columns_say_the_same_of_many_adapters() -> None:
+    pick = random.Random(5)
+    fast, slow = DemandTracker(60.0), ScalarDemand(60.0)
+    names = [adapter(f"a{i}") for i in range(3000)]
+    for window in range(6):
+        for tracker in (fast, slow):
+            tracker.close_window(60.0 * window)
+        for name in pick.sample(names, 200):
+            rank = pick.choice([8, 16, 128])
+            for tracker in (fast, slow):
+                tracker.admit(name, rank)
+        for name in pick.sample(names, 50):
+            for tracker in (fast, slow):
+                tracker.forget(name)
+        for name in pick.choices(names, [1 / (i + 1) for i in range(len(names))], k=5000):
+            tokens = pick.randrange(1, 2000), pick.randrange(500)
+            for tracker in (fast, slow):
+                tracker.add(name, *tokens)
+        assert same(fast.demand(), slow.demand())
+        assert same(fast.idle(), slow.idle())
+    assert len(fast.demand()) > 1000

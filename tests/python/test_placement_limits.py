@@ -137,6 +137,22 @@ def test_every_limit_holds(name: str, problem: PlacementProblem) -> None:
     assert POLICIES[name](problem) == made
 
 
+def test_room_that_the_last_moves_leave_is_used() -> None:
+    """A hot adapter is split after the replicas were dealt out; another's copy moves for it."""
+    sizes = [0, 0, 0, 16, 0, 1, 3, 4, 7, 6, 11]
+    ranks = [1, 1, 1, 1, 1, 1, 3, 2, 1, 1, 1]
+    specs = tuple(spec(f"a{i}", *rs) for i, rs in enumerate(zip(ranks, sizes, strict=True)))
+    fleet = tuple(
+        NodeCapacity(f"n{i}", "base", memory, 16 if i == 0 else 0, speed=speed)
+        for i, (memory, speed) in enumerate([(15, 1.0), (13, 1.0), (43, 0.5), (0, 1.0), (8, 1.0)])
+    )
+    demand = {specs[i].adapter: Demand(0.0, d) for i, d in ((4, 1e-9), (6, 1e-9), (7, 300.0))}
+    problem = PlacementProblem(
+        specs, fleet, demand, {specs[5].adapter: ("n0",)}, replicas=3, load=MODELS[False]
+    )
+    check_limits(problem, POLICIES["rank_aware"](problem))
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_why_an_adapter_is_nowhere(name: str) -> None:
     specs = (

@@ -3,7 +3,8 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from loraserve._testing import BlockPool, PageArena, PageUse, PrefixCache
+
+from loraserve._testing import BlockPool, EvictionOrder, PageArena, PageUse, PrefixCache
 
 PAGES = 24
 PER_BLOCK = 2
@@ -17,7 +18,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.arena = PageArena(4096, PAGES)
         self.pool = BlockPool(self.arena, PER_BLOCK)
-        self.cache = PrefixCache(self.pool, SIZE)
+        self.cache = PrefixCache(self.pool, EvictionOrder(), SIZE)
         self.clock = 0
         self.sequences: list[tuple[str, list[int], list[int]]] = []  # namespace, tokens, path
         self.blocks: dict[tuple[str, tuple[int, ...]], int] = {}
@@ -52,7 +53,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         for node in reversed(self.sequences.pop(index)[2]):
             self.cache.release(node, self.clock)
 
-    @precondition(lambda self: self.cache.oldest_use() is not None)
+    @precondition(lambda self: self.cache.may_evict())
     @rule()
     def evict(self) -> None:
         self.cache.evict()

@@ -1,6 +1,7 @@
 """Profiles of an engine: the fit against a known model, and a short sweep of the real engine."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from loraserve.demo import MODEL_DIRECTORY
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import CostModel, Slo, StepLoad
 from loraserve.placement.operating_point import LengthMix
+from loraserve.profiler import profile_engine
 from loraserve.profiler.fit import (
     COEFFICIENTS,
     HINGES,
@@ -159,3 +161,13 @@ def test_what_cannot_be_profiled_is_refused(
     assert main(["bench", "profile", *(known.get(word, word) for word in words)]) == 1
     assert f"loraserve: {field}" in capsys.readouterr().err
     assert not (tmp_path / "p.json").exists()
+
+
+def test_without_scipy_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    monkeypatch.setattr(profile_engine, "Sweep", lambda *_: pytest.fail("it measures"))
+    words = ["--model", str(MODEL_DIRECTORY), "-o", str(tmp_path / "p.json")]
+    assert main(["bench", "profile", *words]) == 1
+    assert "loraserve: scipy: fitting needs it" in capsys.readouterr().err

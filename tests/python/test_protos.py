@@ -41,7 +41,7 @@ def test_no_message_serves_two_rpcs() -> None:
         for method in service.methods
         for kind in (method.input_type, method.output_type)
     ]
-    assert len(used) == len(set(used)) == 38
+    assert len(used) == len(set(used)) == 44
 
 
 def test_sampling_fields_have_presence() -> None:

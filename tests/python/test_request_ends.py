@@ -231,7 +231,7 @@ def test_closing_the_client_ends_what_runs() -> None:
         AlreadyExistsError("request_id", "runs"),
         FailedPreconditionError("base", "another"),
         CancelledError("attempt", "replaced"),
-        ResourceExhaustedError("adapter_memory_bytes", "never fits"),
+        ResourceExhaustedError("host_pool_bytes", "never fits"),
         DeadlineExceededError("deadline", "has passed"),
         LoraServeError("server", "internal error"),
     ],

@@ -10,9 +10,14 @@ from loraserve import _testing
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0, 1.5, 0.25], np.float32)
 DRAWS = 20_000
+EMULATED_DRAWS = 2_000  # of a device whose threads take turns
 # One instruction set of the CPU will do: the sampler itself is compiled once for all.
-DEVICES = [BACKENDS[0], BACKENDS[-1]]
+DEVICES = [BACKENDS[0], *(one for one in BACKENDS if one[0] != "cpu")]
 on_each_device = pytest.mark.parametrize(("device", "isa"), DEVICES)
+
+
+def draws_on(device: str) -> int:
+    return EMULATED_DRAWS if device.endswith("-emulated") else DRAWS
 
 
 def sample_row(**options: Any) -> _testing.SampleRow:
@@ -31,8 +36,14 @@ def tokens(device: str, logits: Array, draws: int, **options: Any) -> list[int]:
 
 def draw(device: str, logits: FloatArray = LOGITS, **options: Any) -> FloatArray:
     """The share of each token."""
-    counts = np.bincount(tokens(device, logits, DRAWS, **options), minlength=len(logits))
-    return counts.astype(np.float32) / DRAWS
+    draws = draws_on(device)
+    counts = np.bincount(tokens(device, logits, draws, **options), minlength=len(logits))
+    return counts.astype(np.float32) / draws
+
+
+def spread(device: str) -> float:
+    """Five standard deviations of a binomial share."""
+    return float(5 * 0.5 / draws_on(device) ** 0.5)
 
 
 def softmax(logits: FloatArray) -> FloatArray:
@@ -55,14 +66,13 @@ def test_philox_known_answers() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_softmax(device: str, isa: str, temperature: float) -> None:
     found = draw(device, temperature=temperature)
-    # Five standard deviations of a binomial share.
-    np.testing.assert_allclose(found, softmax(LOGITS / temperature), atol=5 * 0.5 / DRAWS**0.5)
+    np.testing.assert_allclose(found, softmax(LOGITS / temperature), atol=spread(device))
 
 
 @on_each_device
 def test_top_k(device: str, isa: str) -> None:
     expected = kept(softmax(LOGITS), [0, 6, 1])
-    np.testing.assert_allclose(draw(device, top_k=3), expected, atol=0.018)
+    np.testing.assert_allclose(draw(device, top_k=3), expected, atol=spread(device))
     assert draw(device, top_k=1)[0] == 1.0
 
 
@@ -73,14 +83,14 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(device: str, isa: str) -> 
     for top_p in (0.3, 0.6, 0.9):
         count = int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1
         expected = kept(p, list(order[:count]))
-        np.testing.assert_allclose(draw(device, top_p=top_p), expected, atol=0.018)
+        np.testing.assert_allclose(draw(device, top_p=top_p), expected, atol=spread(device))
 
 
 @on_each_device
 def test_min_p_is_relative_to_the_likeliest(device: str, isa: str) -> None:
     p = softmax(LOGITS)
     expected = kept(p, [i for i in range(len(p)) if p[i] >= 0.3 * p.max()])
-    np.testing.assert_allclose(draw(device, min_p=0.3), expected, atol=0.018)
+    np.testing.assert_allclose(draw(device, min_p=0.3), expected, atol=spread(device))
 
 
 @on_each_device

@@ -1,11 +1,14 @@
 """The claims machinery: its measures on made-up curves, and one small run from end to end."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from loraserve.cli import main
+from loraserve.commands import simulate
 from loraserve.placement.policies import POLICIES
 from loraserve.sim import claims
 from loraserve.sim.claims_measures import (
@@ -75,3 +78,32 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ttft_p95-padded.png", "slo_attainment-proportional.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert name in text
+
+
+def test_without_matplotlib_nothing_is_run_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(claims, "_run_all", lambda *_: pytest.fail("it ran"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", "claims", "--quick"]) == 1
+    assert "loraserve: plots: they need matplotlib" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "directory"),
+    [([], "claims"), (["--quick"], "claims-quick"), (["--quick", "--output", "mine"], "mine")],
+)
+def test_a_quick_report_has_a_directory_of_its_own(
+    words: list[str], directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[Path] = []
+
+    def run(quick: bool, workers: int, output: Path, say: object) -> Path:
+        outputs.append(output)
+        return output
+
+    monkeypatch.setattr(simulate, "run_claims", run)
+    assert main(["simulate", "claims", *words]) == 0
+    assert outputs == [Path(directory)]

@@ -139,9 +139,7 @@ def test_the_same_times_as_step_by_step_with_the_cost_model(
     cost = replace(exact, token_max_rank_s=2**-20 if padded else 0.0)
     p = profile(cost=cost, padded=padded)
     work = requests(25, seed)
-    # Installing takes no time here, and all at once.
-    free = EngineSettings(max_step_installs=99)
-    done = replay(p, work, TABLE, free)
+    done = replay(p, work, TABLE)  # installing takes no time here
     assert [(s.order, s.first_token_s, s.finish_s) for s in done] == plain(p, work)
 
 
@@ -199,28 +197,49 @@ def test_a_cold_adapter_without_room_does_not_hold_up_others() -> None:
     assert by_order[2].finish_s < by_order[1].first_token_s
 
 
-def test_installs_in_one_step_are_limited() -> None:
-    work = [Request(0.0, i, 4, 2) for i in range(4)]
-    done = replay(profile(), work, TABLE, EngineSettings(max_step_installs=1))
-    firsts = [s.first_token_s for s in done]
-    assert firsts == sorted(firsts)
-    assert len(set(firsts)) == 4
+def test_installs_go_on_beside_the_steps() -> None:
+    """Of 32, 64, 256 and 512 bytes, one after another; those who decode notice nothing, and who
+    waits joins the first step after."""
+    byte_s = 2.0**-8
+    p = profile(install_byte_s=byte_s)
+    base = Request(0.0, BASE_ONLY, 4, 600)
+    alone = replay(p, [base], TABLE)[0]
+    late = [Request(2**-9, i, 4, 1) for i in range(4)]
+    done = replay(p, [base, *late], TABLE)
+    firsts = [s.first_token_s for s in done[1:]]
+    # The installs begin with the step after the first, and end when so many bytes are written.
+    step_s = alone.first_token_s
+    for first_s, written in zip(firsts, (32, 96, 352, 864), strict=True):
+        assert step_s + written * byte_s <= first_s <= step_s + written * byte_s + 2.5 * step_s
+    assert alone.finish_s <= done[0].finish_s <= alone.finish_s + 4 * step_s
+
+
+def test_an_install_with_nothing_else_to_do() -> None:
+    p = profile(install_byte_s=2.0**-8)
+    warm = replay(profile(), [Request(0.0, 1, 4, 3)], TABLE)[0]
+    cold = replay(p, [Request(0.0, 1, 4, 3)], TABLE)[0]
+    assert cold.first_token_s == pytest.approx(warm.first_token_s + 64 * 2.0**-8)
+    # Who needs no adapter does not wait for it, and the engine is not busy meanwhile.
+    both = replay(p, [Request(0.0, 1, 4, 3), Request(2**-9, BASE_ONLY, 4, 3)], TABLE)
+    assert both[1].finish_s < both[0].first_token_s < cold.first_token_s + warm.first_token_s
 
 
 @pytest.mark.parametrize(
-    # In bytes: 32, 64, 256, 512. A single adapter over the limit is let in, alone.
-    ("limit", "together"),
-    [(0, [4]), (95, [1, 1, 1, 1]), (96, [2, 1, 1]), (352, [3, 1]), (864, [4])],
+    # In bytes: 32, 64, 256, 512. The largest does not count.
+    ("limit", "begun"),
+    [(0, 1), (31, 1), (32, 2), (95, 2), (96, 3), (351, 3), (352, 4)],
 )
-def test_bytes_installed_in_one_step_are_limited(limit: int, together: list[int]) -> None:
-    engine_settings = EngineSettings(max_step_install_bytes=limit)
-    work = [Request(0.0, BASE_ONLY, 4, 60), *(Request(2**-9, i, 4, 2) for i in range(4))]
-    for install_byte_s in (0.0, 2.0**-10):
-        p = profile(install_byte_s=install_byte_s)
-        firsts = [s.first_token_s for s in replay(p, work, TABLE, engine_settings)[1:]]
-        times = sorted(set(firsts))
-        assert [firsts.count(t) for t in times] == together
-        assert firsts == sorted(firsts)
+def test_bytes_under_way_are_limited(limit: int, begun: int) -> None:
+    engine = NodeEngine(
+        profile(install_byte_s=1.0),
+        TABLE,
+        EngineSettings(max_install_bytes=limit),
+        *(Slo(), GapHistogram(), lambda _: None, lambda _: None),
+    )
+    for order in range(4):
+        engine.submit(0.0, SimSequence(order, Request(0.0, order, 4, 2)))
+    assert engine.installs == begun
+    assert engine.end_s == 32.0
 
 
 def test_crashed_sequences_keep_what_got_out() -> None:

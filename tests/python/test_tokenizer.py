@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_makers import MAKERS, SENTENCES, byte_fallback_bpe, byte_level_bpe
+from tokenizers import models
 from transformers import AutoTokenizer
 
 from loraserve import demo
@@ -169,3 +171,15 @@ def test_bad_arguments(pair: Pair) -> None:
         pair[0].encode("\ud800")
     with pytest.raises(InvalidArgumentError, match="ids"):
         pair[0].decode([-1])
+
+
+def unigram(**options: Any) -> Tokenizer:
+    pieces = [("<unk>", 0.0), ("a", -1.0), ("bc", -2.0)]
+    return Tokenizer(tokenizers.Tokenizer(models.Unigram(pieces, **options)), {}, {})
+
+
+def test_an_unknown_token_may_stand_for_text_of_any_length() -> None:
+    # Its neighbours in the text are one token with it.
+    assert unigram(unk_id=0).encode("a" + "z" * 100) == [1, 0]
+    assert unigram(unk_id=0).longest_token_bytes is None
+    assert unigram().longest_token_bytes == len("<unk>")

@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,52 @@ def test_the_calls_of_one_connection_are_bounded() -> None:
             assert begun == 1 + MAX_STREAMS + 50
         await server.stop(None)
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_calls_that_wait_for_a_busy_loop_are_not_cancelled() -> None:
+    """Several connections' worth at once, as after a restart."""
+    address: list[str] = []
+    listening, cancelled, stopping = threading.Event(), threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        async def answer(_: Any, context: Any) -> bytes:
+            return b""
+
+        handlers = {"Answer": grpc.unary_unary_rpc_method_handler(answer)}
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("x", handlers)])
+        address.append(bind(server, "127.0.0.1:0", None))
+        await server.start()
+        listening.set()
+        cancelled.wait(2)  # the loop is busy
+        while not stopping.is_set():
+            await asyncio.sleep(0.01)
+        await server.stop(None)
+
+    def told(call: Any) -> None:
+        if call.code() is not grpc.StatusCode.OK:
+            cancelled.set()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    channels = []
+    try:
+        assert listening.wait(30)
+        calls = []
+        for _ in range(4):
+            own = [*channel_options(10_000, 30_000), ("grpc.use_local_subchannel_pool", 1)]
+            channels.append(grpc.insecure_channel(address[0], options=own))
+            method = channels[-1].unary_unary("/x/Answer")
+            calls += [method.future(b"") for _ in range(MAX_STREAMS)]
+        for call in calls:
+            call.add_done_callback(told)
+        assert Counter(call.code() for call in calls) == {grpc.StatusCode.OK: 4 * MAX_STREAMS}
+    finally:
+        stopping.set()
+        for channel in channels:
+            channel.close()
+        thread.join()
 
 
 def test_loopback() -> None:
