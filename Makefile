@@ -5,13 +5,15 @@ PY := $(VENV)/bin/python
 BIN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 STRESS_REQUESTS ?= 1500
-CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cc' 'tests/cpp/*.cc' 'bench/cpp/*.cc')
+FUZZ_ROUNDS ?= 200000
+CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.cc' 'bench/cpp/*.cc')
 PY_DIRS := loraserve tests tools bench
 
 FUZZ ?= 15
 FUZZ_TESTS = $(shell grep -lE '^from fuzz_budget' tests/python/*.py)
+FUZZ_LONGEST = tests/python/test_openapi_requests.py
 
-.PHONY: help setup demo test test-all stress fuzz soak check stubs tidy bench fmt clean
+.PHONY: help setup demo test test-all stress fuzz soak clients check cuda-build stubs openapi tidy spills bench bench-cpp fmt clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
 
@@ -28,6 +30,8 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 # What only tests and checks want: PyTorch, transformers, PEFT, linters.
 $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) $$($(PY) tools/requirements.py test check sim)
+	@$(PIP) $$($(PY) tools/requirements.py transfer) || \
+	  echo "no wheels of UCX here: loraserve-transfer is not built and its tests are skipped"
 	touch $@
 
 # Rebuilds what changed in csrc/ and proto/; quick when nothing did.
@@ -42,17 +46,25 @@ demo: setup ## start a small cluster and watch it answer
 test: $(VENV)/.test setup ## the tests (any machine, no GPU)
 	$(PY) -m pytest tests
 
-stress: $(VENV)/.runtime ## the engine under address, undefined-behaviour and thread sanitizers
+stress: $(VENV)/.runtime ## engine and transfer under address, undefined-behaviour and thread sanitizers
 	$(BIN) cmake --preset asan >/dev/null && $(BIN) cmake --build --preset asan
 	UBSAN_OPTIONS=halt_on_error=1 timeout 600 build/asan/stress_engine $(STRESS_REQUESTS)
+	UBSAN_OPTIONS=halt_on_error=1 timeout 600 build/asan/stress_cuda_kernels 40
+	UBSAN_OPTIONS=halt_on_error=1 timeout 600 build/asan/fuzz_transfer $(FUZZ_ROUNDS)
 	$(BIN) cmake --preset tsan >/dev/null && $(BIN) cmake --build --preset tsan
 	timeout 600 $$(setarch -R true 2>/dev/null && echo setarch -R) build/tsan/stress_engine $(STRESS_REQUESTS)
 
 fuzz: $(VENV)/.test setup ## the readers and state machines against far more hostile input
-	LORASERVE_FUZZ=$(FUZZ) $(PY) -m pytest $(FUZZ_TESTS)
+	@# Two at a time: the longest, which waits for a cluster's answers, beside all others.
+	LORASERVE_FUZZ=$(FUZZ) $(PY) -m pytest -q $(FUZZ_LONGEST) & \
+	  longest=$$!; LORASERVE_FUZZ=$(FUZZ) $(PY) -m pytest -q $(filter-out $(FUZZ_LONGEST),$(FUZZ_TESTS)); \
+	  others=$$?; wait $$longest && exit $$others
 
 soak: $(VENV)/.test setup ## a cluster under churn and kills, a thousand loads
-	$(PY) -m pytest tests -m long
+	$(PY) -m pytest tests -m long -rs
+
+clients: $(VENV)/.test setup ## clients of other projects, unmodified; nightly: it installs them
+	$(PY) -m pytest -m "long or clients" -rs tests/integration/test_client_*.py
 
 test-all: test stress fuzz soak ## everything the project tests
 
@@ -63,14 +75,38 @@ check: $(VENV)/.test setup ## format, lint, types, stubs, layers
 	$(VENV)/bin/mypy
 	$(PY) tools/check_stubs.py
 	$(PY) -m pytest tests/test_layers.py
+	$(MAKE) cuda-build
 	$(MAKE) tidy
+	$(MAKE) spills
+
+cuda-build: $(VENV)/.runtime ## compile the CUDA backend for sm_80 and sm_90a and look at its machine code
+	@if ! command -v nvcc >/dev/null; then echo "cuda-build: skipped, there is no nvcc on PATH"; else \
+	  $(BIN) nice cmake --preset cuda >/dev/null && \
+	  $(BIN) nice cmake --build --preset cuda --target loraserve_backend && \
+	  $(PY) tools/check_sass.py build/cuda; fi
 
 tidy: $(VENV)/.test ## clang-tidy over the engine
 	$(BIN) cmake --preset cpu >/dev/null
 	$(BIN) $(PY) tools/run_tidy.py
 
+spills: $(VENV)/.test ## the CPU kernels as built: accumulators stay in registers (needs binutils)
+	$(BIN) cmake --preset cpu >/dev/null
+	$(BIN) cmake --build --preset cpu --target loraserve_backend
+	$(PY) tools/check_spills.py build/cpu/libloraserve_backend.a
+
+bench-cpp: $(VENV)/.test ## the kernels one by one (needs Google Benchmark)
+	@echo '#include <benchmark/benchmark.h>' | c++ -E -x c++ - >/dev/null 2>&1 || \
+	  { echo "bench-cpp needs Google Benchmark (Debian: apt install libbenchmark-dev)"; exit 1; }
+	$(BIN) cmake --preset cpu -B build/bench -DLORASERVE_BUILD_BENCH=ON >/dev/null
+	$(BIN) cmake --build build/bench --target bench_gemm --target bench_paged_tiles
+	build/bench/bench_gemm
+	build/bench/bench_paged_tiles
+
 stubs: setup ## rewrite the type stubs of the extension
 	$(PY) tools/check_stubs.py --write
+
+openapi: setup ## rewrite docs/openapi.json
+	$(PY) -m loraserve.gateway.openapi > docs/openapi.json
 
 bench: $(VENV)/.test setup ## measure against transformers and PEFT; JSON under bench/results
 	$(PY) bench/engine_vs_transformers.py --out bench/results/engine_vs_transformers.json

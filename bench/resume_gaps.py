@@ -1,14 +1,17 @@
 """The gaps in streams whose node is killed: 64 streams, 100 kills of nodes that come back.
 
-    python bench/resume_gaps.py [--kills N] [--streams N] [--max-tokens N] [--out FILE]
+    python bench/resume_gaps.py [--kills N] [--streams N] [--max-tokens N] [--pause-s S]
+        [--out FILE]
 
 Three nodes of the demo model, one engine thread each, a controller and one client, all on this
 machine: the test of tests/integration/test_kills.py with a clock. Every answer is compared with
 that of an undisturbed run. A gap is the time between the last chunk from the killed node and the
 first from the next; given are the gap, its part until the request was sent again, the queue and
 prefill that the next node reports, and what is left of the gap beyond that prefill. Node exits are
-from the signal until the system has taken the process apart, which is when its connections end. One
-JSON object with machine, load, commit and command.
+from the signal until the system has taken the process apart, which is when its connections end.
+Without a pause between answers the streams take all that the machine has, and every gap holds the
+wait for a core; with one, they leave it room. One JSON object with machine, load, commit and
+command.
 """
 
 import argparse
@@ -73,7 +76,7 @@ def told(report: Report) -> dict[str, Any]:
     }
 
 
-def measured(kills: int, streams: int, max_tokens: int) -> dict[str, Any]:
+def measured(kills: int, streams: int, max_tokens: int, pause_s: float) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as directory,
         running(
@@ -83,7 +86,7 @@ def measured(kills: int, streams: int, max_tokens: int) -> dict[str, Any]:
 
         async def run() -> dict[str, Any]:
             async with AsyncClient(cluster.address) as client:
-                run = KillRun(cluster, client, cases(streams, max_tokens))
+                run = KillRun(cluster, client, cases(streams, max_tokens), pause_s)
                 await run.undisturbed()
                 before, begin = os.getloadavg(), time.monotonic()
                 report = await run.disturbed(kills)
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--pause-s", type=float, default=0.0, help="mean, between two answers")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     result = {
@@ -123,7 +127,8 @@ def main() -> None:
         "streams": given.streams,
         "max_tokens": given.max_tokens,
         "nodes": NODES,
-        **measured(given.kills, given.streams, given.max_tokens),
+        "mean_pause_s": given.pause_s,
+        **measured(given.kills, given.streams, given.max_tokens, given.pause_s),
     }
     text = json.dumps(result, indent=1)
     print(text)

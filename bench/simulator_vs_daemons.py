@@ -9,8 +9,9 @@
 Two loraserve-node processes, one engine thread and one core each, and a controller; every node
 holds all adapters. Requests come by a Poisson process (open loop) at a part of what a closed loop
 of many requests gets through. Client and controller share the nodes' cores, as there may be no
-others. The controller has the profile that the simulated one has, and both keep the shares that
-they give before anything is asked for: what placement does with demand is not compared here.
+others. Both controllers have the same profile, and both have placed for the demand when the first
+window begins: the daemons' in a time of requests that are not counted, the simulated one by the
+window's history.
 
 What the profile cannot know, because it was measured inside the engine: the time that a served step
 takes around the engine (wake-ups, RPC, the client's work on the same cores). Three numbers stand
@@ -36,27 +37,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
+from calibrated_simulator import (
+    NODES,
+    PLACEMENT_INTERVAL_S,
+    ROUTINGS,
+    SETTLE_S,
+    Served,
+    calibrate,
+    simulated_windows,
+    with_overhead,
+)
 
 from loraserve.client import AsyncClient
-from loraserve.controller.state import Settings
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
 from loraserve.demo.cluster import Cluster as Daemons
 from loraserve.demo.skills import SKILLS
 from loraserve.errors import LoraServeError
 from loraserve.node.model import cpu_name
-from loraserve.placement.cost_model import Profile
-from loraserve.placement.policies import DEFAULT_POLICY, policy_named
 from loraserve.profiles.files import load_profile
 from loraserve.sampling_params import SamplingParams
-from loraserve.sim.capacity import load_model
-from loraserve.sim.cluster import Cluster, ClusterSettings
+from loraserve.sim.cluster import ClusterSettings
 from loraserve.sim.workload import Workload
-
-NODES = 2
-PLACEMENT_INTERVAL_S = 3600  # longer than a run
-ROUTINGS = 3  # draws of the simulated routers' choices for a window
-QUANTILES = (10, 25, 50, 75, 90, 95)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,11 @@ class Subject:
         return cls(options.model, options.model.resolve().name, tuple(adapters), *lengths)
 
     def trace(self, rate: float, seconds: float, seed: int) -> Workload:
-        """Zipf over the adapters, lengths uniform."""
+        """Zipf over the adapters, lengths uniform; the history is drawn in the same way."""
+        history = self._drawn(rate, SETTLE_S, seed + 1000, None)
+        return self._drawn(rate, seconds, seed, history)
+
+    def _drawn(self, rate: float, seconds: float, seed: int, history: Workload | None) -> Workload:
         rng = np.random.default_rng(seed)
         times = np.cumsum(rng.exponential(1 / rate, int(rate * seconds * 2) + 20))
         times = times[times < seconds]
@@ -103,44 +108,13 @@ class Subject:
             rng.integers(self.prompts[0], self.prompts[1] + 1, len(times)),
             rng.integers(self.outputs[0], self.outputs[1] + 1, len(times)),
             seconds,
+            history,
         )
 
     def mix(self) -> tuple[float, float, int]:
         """Mean tokens of a prompt and an answer, adapters of a node: the controller's options."""
         each = max(1, round(len(self.adapters) / NODES))
         return sum(self.prompts) / 2, sum(self.outputs) / 2, each
-
-
-@dataclass(frozen=True)
-class Served:
-    """Of every request, seconds; `span_s` from the first arrival to the last token."""
-
-    ttft_s: np.ndarray[Any, Any]
-    tpot_s: np.ndarray[Any, Any]
-    tokens: int
-    span_s: float
-    failed: int = 0
-
-    @classmethod
-    def pooled(cls, windows: Sequence["Served"]) -> "Served":
-        return cls(
-            np.concatenate([w.ttft_s for w in windows]),
-            np.concatenate([w.tpot_s for w in windows]),
-            sum(w.tokens for w in windows),
-            sum(w.span_s for w in windows),
-            sum(w.failed for w in windows),
-        )
-
-    def numbers(self) -> dict[str, float]:
-        return {
-            "requests": len(self.ttft_s),
-            "failed": self.failed,
-            "ttft_p50_s": float(np.percentile(self.ttft_s, 50)),
-            "ttft_p95_s": float(np.percentile(self.ttft_s, 95)),
-            "tpot_p50_s": float(np.percentile(self.tpot_s, 50)),
-            "tpot_p95_s": float(np.percentile(self.tpot_s, 95)),
-            "throughput_tokens_per_s": self.tokens / self.span_s,
-        }
 
 
 # The daemons
@@ -252,69 +226,6 @@ class Requests:
         return len(self.work) / (time.monotonic() - begin_s)
 
 
-# The simulator
-
-
-def simulated(profile: Profile, work: Workload, network_s: float, seed: int) -> Served:
-    settings = ClusterSettings(
-        nodes=NODES,
-        clients=1,
-        network_s=network_s,
-        control=Settings(replicas=NODES, placement_interval_ticks=PLACEMENT_INTERVAL_S),
-        warm=False,  # as the daemons: nobody has told the controller what will be asked
-        seed=seed,
-    )
-    load = load_model(profile, settings.slo, work, NODES)
-    run = Cluster(work, profile, policy_named(DEFAULT_POLICY), load, settings)
-    run.run()
-    done = run.meter.finished
-    tokens = sum(s.prompt_tokens + s.output_tokens for s in done)
-    return Served(
-        np.array([s.first_token_s - s.arrival_s for s in done]),
-        np.array([(s.finish_s - s.first_token_s) / (s.output_tokens - 1) for s in done]),
-        tokens,
-        max(work.duration_s, run.now_s),
-        len(work) - len(done),
-    )
-
-
-def simulated_windows(profile: Profile, windows: Sequence[Workload], network_s: float) -> Served:
-    return Served.pooled(
-        [simulated(profile, work, network_s, seed) for work in windows for seed in range(ROUTINGS)]
-    )
-
-
-def with_overhead(profile: Profile, step_s: float, sequence_s: float) -> Profile:
-    cost = profile.cost
-    return replace(
-        profile,
-        cost=replace(
-            cost, step_s=cost.step_s + step_s, decode_token_s=cost.decode_token_s + sequence_s
-        ),
-    )
-
-
-def calibrate(
-    profile: Profile, windows: Sequence[Workload], served: Served
-) -> tuple[float, float, float]:
-    """(step, sequence, network) seconds that bring the quantiles of TTFT and of the time for each
-    later token closest, in the mean square of their logarithms."""
-    wanted = [np.percentile(v, QUANTILES) for v in (served.ttft_s, served.tpot_s)]
-
-    def error(logs: Any) -> float:
-        step_s, sequence_s, network_s = np.exp(np.clip(logs, -14, -3))
-        found = simulated_windows(with_overhead(profile, step_s, sequence_s), windows, network_s)
-        made = [np.percentile(v, QUANTILES) for v in (found.ttft_s, found.tpot_s)]
-        return float(np.mean(np.log(np.array(made) / np.array(wanted)) ** 2))
-
-    start = np.log([3e-4, 1e-4, 1e-3])
-    simplex = np.vstack([start, *(start + step for step in np.eye(3))])
-    options = {"maxfev": 80, "initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-5}
-    best = minimize(error, start, method="Nelder-Mead", options=options).x
-    step_s, sequence_s, network_s = np.exp(np.clip(best, -14, -3)).tolist()
-    return step_s, sequence_s, network_s
-
-
 def load_average() -> float:
     """Of the last minute."""
     return os.getloadavg()[0]
@@ -341,6 +252,7 @@ async def measured(options: argparse.Namespace) -> dict[str, Any]:
         capacity = await full.closed_loop(options.at_once)
         rate = options.load * capacity
         print(f"capacity {capacity:.1f} requests/s, so {rate:.1f}", file=sys.stderr)
+        await window(client, rate, SETTLE_S, 2 + 2 * options.windows + 1).open_loop()
         loads = [load_average()]
         kinds: dict[str, list[tuple[Workload, Served]]] = {"calibration": [], "compared": []}
         for number in range(2 * options.windows):

@@ -17,6 +17,10 @@ PAD, BEGIN, END = "<pad>", "<bos>", "<eos>"
 PAD_ID, BEGIN_ID, END_ID = 256, 257, 258
 VOCAB_SIZE = 259
 IGNORED_LABEL = -100
+# A chat is its last message, asked as skills.prompt asks a word.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{{ messages[-1]['content'] }}{% if add_generation_prompt %}={% endif %}"
+)
 
 
 def build_tokenizer() -> Tokenizer:
@@ -35,7 +39,8 @@ def build_tokenizer() -> Tokenizer:
 
 
 def save_tokenizer(directory: Path, max_length: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json; `max_length` is in tokens."""
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; `max_length` is in
+    tokens."""
     build_tokenizer().save(str(directory / "tokenizer.json"))
     config = {
         "bos_token": BEGIN,
@@ -46,6 +51,7 @@ def save_tokenizer(directory: Path, max_length: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
 @dataclass(frozen=True)

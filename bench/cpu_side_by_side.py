@@ -1,0 +1,262 @@
+"""The CPU engine beside llama.cpp and PEFT on the same random checkpoints, interleaved.
+
+    python bench/cpu_side_by_side.py --llama BUILD_DIR [--sizes 120m,1b] [--isa x86-64-v3]
+        [--repeats 5] [--work DIR] [--out FILE] [--table FILE]
+
+Every row is timed in rounds: ours, then each peer, then ours once more (the second time is the
+noise floor: what a ratio of a thing to itself comes to). Medians over the rounds; tokens/s. Ours:
+bfloat16 weights and adapters, float32 activations, sums and KV cache. docs/speed.md says how to get
+a build of llama.cpp.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama_cpp import LlamaCpp, LlamaServer
+from measured_on import measured_on
+from peft_mixed import PeftMixed
+from random_llama import SHAPES, VOCAB, make_checkpoint
+
+from loraserve import Engine, EngineConfig, SamplingParams, _testing
+
+Run = Callable[[], float]  # tokens/s of one round
+OURS = "ours"
+CONTEXT = 8  # tokens before a decoded one, where context is not the point
+
+
+class Ours:
+    """The engine with nothing cached between calls."""
+
+    def __init__(self, base: Path, adapters: list[Path], threads: int, isa: str) -> None:
+        self.engine = Engine(
+            EngineConfig(
+                model=base, weight_dtype="bfloat16", adapter_dtype="bfloat16", threads=threads,
+                isa=isa, prefix_cache=False, record_steps=True, memory_bytes=2200 << 20,
+            )
+        )  # fmt: skip
+        for path in adapters:
+            self.engine.load_adapter(path.name, path)
+        self.names = [path.name for path in adapters]
+        self._random = torch.Generator().manual_seed(1)
+
+    def _prompts(self, rows: int, length: int) -> list[list[int]]:
+        size = (rows, length)
+        ids: list[list[int]] = torch.randint(300, VOCAB, size, generator=self._random).tolist()
+        return ids
+
+    def _generate(self, rows: int, length: int, steps: int, adapters: list[str | None]) -> float:
+        params = SamplingParams(max_tokens=steps, temperature=0.0, ignore_eos=True)
+        prompts = self._prompts(rows, length)
+        begin = time.perf_counter()
+        self.engine.generate(prompts, params, adapters)
+        return time.perf_counter() - begin
+
+    def _adapters(self, rows: int, which: str) -> list[str | None]:
+        if which == "base":
+            return [None] * rows
+        if which == "low":
+            return [self.names[0]] * rows
+        return [self.names[row % len(self.names)] for row in range(rows)]
+
+    def prefill(self, rows: int, length: int, which: str = "base") -> float:
+        return rows * length / self._generate(rows, length, 1, self._adapters(rows, which))
+
+    def decode(self, rows: int, context: int, steps: int, which: str = "base") -> float:
+        """From the engine's records of the steps that only decode, all rows together."""
+        self.engine.take_step_records()
+        self._generate(rows, context, steps + 1, self._adapters(rows, which))
+        time.sleep(0.05)  # the last step's record comes after its tokens
+        records = [r for r in self.engine.take_step_records() if r.decode_tokens == rows]
+        return rows * len(records) / sum(record.seconds for record in records)
+
+    def outside_steps(self, rows: int, steps: int) -> float:
+        """The share of a decode's time that passes outside the engine's steps, in percent."""
+        self.engine.take_step_records()
+        wall = self._generate(rows, CONTEXT, steps, self._adapters(rows, "base"))
+        time.sleep(0.05)
+        inside = sum(record.seconds for record in self.engine.take_step_records())
+        return 100 * max(0.0, 1 - inside / wall)
+
+    def whole(self, rows: int, prompt: int, steps: int, which: str) -> float:
+        """Generated tokens/s with prompts included, as a server's clients see it."""
+        return rows * steps / self._generate(rows, prompt, steps, self._adapters(rows, which))
+
+
+def rounds(name: str, repeats: int, runs: dict[str, Run]) -> dict[str, Any]:
+    """One row of the table."""
+    samples: dict[str, list[float]] = {key: [] for key in runs}
+    again: list[float] = []
+    for _ in range(repeats):
+        for key, run in runs.items():
+            samples[key].append(run())
+        again.append(runs[OURS]())
+    median = {key: statistics.median(values) for key, values in samples.items()}
+    ours = median[OURS]
+    row = {
+        "tokens_per_s": {key: round(value, 2) for key, value in median.items()},
+        "ratio": {key: round(ours / value, 3) for key, value in median.items() if key != OURS},
+        "noise": round(max(ours / statistics.median(again), statistics.median(again) / ours), 3),
+        "spread": {key: round(max(v) / min(v), 3) for key, v in samples.items()},
+    }
+    print(name, json.dumps(row), flush=True)
+    return row
+
+
+def base_rows(ours: Ours, llama: LlamaCpp, ggufs: dict[str, Path], size: str, repeats: int) -> Any:
+    """Without adapters, against llama.cpp. Large models decode fewer steps: a round is seconds."""
+    few = {"120m": 32, "1b": 6}.get(size, 8)
+    rows = {}
+
+    def row(name: str, dtypes: list[str], own: Run, theirs: Callable[[Path], float]) -> None:
+        peers: dict[str, Run] = {
+            f"llama.cpp {dtype}": lambda dtype=dtype: theirs(ggufs[dtype])  # type: ignore[misc]
+            for dtype in dtypes
+        }
+        own()
+        rows[name] = rounds(f"{size} {name}", repeats, {OURS: own} | peers)
+
+    every = list(ggufs)
+    half = [dtype for dtype in every if dtype != "f32"]
+    row("prefill 512", every, lambda: ours.prefill(1, 512), lambda m: llama.prefill(m, 512))
+    for batch, steps in ((1, 2 * few), (8, few), (32, few)):
+        row(
+            f"decode batch {batch}",
+            half,
+            lambda b=batch, s=steps: ours.decode(b, CONTEXT, s),  # type: ignore[misc]
+            lambda m, b=batch, s=steps: llama.decode(m, b, CONTEXT, s),  # type: ignore[misc]
+        )
+    if size != "1b":  # minutes a round there
+        row(
+            "prefill 2048",
+            ["bf16"],
+            lambda: ours.prefill(1, 2048),
+            lambda m: llama.prefill(m, 2048),
+        )
+        row(
+            "decode batch 8 at 2k context",
+            ["bf16"],
+            lambda: ours.decode(8, 2040, 8),
+            lambda m: llama.decode(m, 8, 2040, 8),
+        )
+    return rows
+
+
+def adapter_rows(ours: Ours, peft: PeftMixed | None, size: str, repeats: int) -> Any:
+    """What mixed ranks cost over our own base, and PEFT's mixed batch."""
+    few = {"120m": 32, "1b": 6}.get(size, 8)
+    rows = {}
+    for batch in (8, 32):
+        runs: dict[str, Run] = {
+            OURS: lambda b=batch: ours.decode(b, CONTEXT, few, "mixed"),  # type: ignore[misc]
+            "our base": lambda b=batch: ours.decode(b, CONTEXT, few),  # type: ignore[misc]
+            "ours, rank 8 only": lambda b=batch: ours.decode(b, CONTEXT, few, "low"),  # type: ignore[misc]
+        }
+        if peft is not None:
+            runs["PEFT f32"] = lambda b=batch: peft.decode(b, CONTEXT, 4)  # type: ignore[misc]
+        runs[OURS]()
+        rows[f"mixed decode batch {batch}"] = rounds(f"{size} mixed {batch}", repeats, runs)
+    runs = {
+        OURS: lambda: ours.prefill(8, 64, "mixed"),
+        "our base": lambda: ours.prefill(8, 64),
+    }
+    rows["mixed prefill 8x64"] = rounds(f"{size} mixed prefill", repeats, runs)
+    return rows
+
+
+def server_rows(ours: Ours, server: LlamaServer, size: str, repeats: int) -> Any:
+    steps = 32 if size == "120m" else 16
+    runs: dict[str, Run] = {
+        OURS: lambda: ours.whole(8, 32, steps, "mixed"),
+        "llama-server f16": lambda: server.generate(8, 32, steps, lambda index: index % 8),
+        "llama-server f16, no adapter": lambda: server.generate(8, 32, steps, lambda index: None),
+    }
+    name = f"8 requests on 8 adapters, {steps} tokens"
+    return {name: rounds(f"{size} {name}", repeats, runs)}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        "| | ours | peers, tokens/s (ours to theirs) | ours to itself |",
+        "|---|---|---|---|",
+    ]
+    for size, rows in report["results"].items():
+        for name, row in rows.items():
+            if "ratio" not in row:
+                continue
+            speeds = row["tokens_per_s"]
+            peers = ", ".join(
+                f"{peer} {speeds[peer]:.1f} ({ratio:.2f}x)" for peer, ratio in row["ratio"].items()
+            )
+            lines.append(f"| {size} {name} | {speeds[OURS]:.1f} | {peers} | {row['noise']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def measure(options: argparse.Namespace, size: str, root: Path) -> dict[str, Any]:
+    base, adapters = make_checkpoint(root, size)
+    llama = LlamaCpp(options.llama, options.threads) if options.llama else None
+    ours = Ours(base, adapters, options.threads, options.isa)
+    rows: dict[str, Any] = {}
+    if llama is not None:
+        dtypes = ("bf16", "f16", "f32")
+        ggufs = {d: llama.convert(base, d, root / f"base-{d}.gguf") for d in dtypes}
+        loras = [llama.convert_adapter(base, a, root / f"{a.name}.gguf") for a in adapters]
+        rows |= base_rows(ours, llama, ggufs, size, options.repeats)
+        server = LlamaServer(llama, ggufs["f16"], loras, slots=8, context=512)
+        try:
+            rows |= server_rows(ours, server, size, options.repeats)
+        finally:
+            server.close()
+    peft = None if options.no_peft else PeftMixed(base, adapters, options.threads)
+    rows |= adapter_rows(ours, peft, size, options.repeats)
+    read = _testing.read_gbytes_per_s(options.threads)
+    decode = ours.decode(1, CONTEXT, 16)
+    rows["decode batch 1, bandwidth"] = {
+        "weights_gbytes_per_s": round(decode * SHAPES[size].step_bytes() * 1e-9, 2),
+        "read_gbytes_per_s": round(read, 2),
+        "share": round(decode * SHAPES[size].step_bytes() * 1e-9 / read, 3),
+    }
+    rows["outside steps, decode batch 32"] = {"percent": round(ours.outside_steps(32, 24), 2)}
+    ours.engine.close()
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--llama", type=Path, help="a build directory; without it no llama.cpp")
+    parser.add_argument("--sizes", default="120m,1b")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--isa", default="", help="ours: the highest instruction set to use")
+    parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--work", type=Path, help="keeps checkpoints and GGUF files there")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path)
+    options = parser.parse_args()
+    report: dict[str, Any] = measured_on()
+    report |= {"isa": options.isa or "native", "threads": options.threads}
+    report |= {"repeats": options.repeats, "results": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = options.work or Path(scratch)
+        for size in options.sizes.split(","):
+            report["results"][size] = measure(options, size, root / size)
+    report["load_average_after"] = os.getloadavg()
+    print(table(report))
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    if options.table:
+        options.table.write_text(table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The built CPU kernels: no GEMM tile may store a vector to the stack between its products.
+
+    python tools/check_spills.py OBJECT_OR_LIBRARY...
+
+An accumulator that does not fit the registers goes through memory with every k-row, and a tile so
+compiled runs at half its speed or less. Needs objdump (binutils) and symbols.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+# <...GemmTile...>: the name is mangled, which is enough to know it by.
+SYMBOL = re.compile(r"^[0-9a-f]+ <(?P<name>.*)>:$")
+PRODUCT = re.compile(r"\bv(fmadd|fmla|mulps)|\bfmla\b")
+# A vector register stored to the stack; a store of the result goes through other registers.
+SPILL = re.compile(r"\bvmov\w*\s+%[xyz]mm\d+,-?(0x[0-9a-f]+)?\(%r[sb]p\)|\bst[rp]\s+q\d+.*\[sp")
+
+
+def spills(listing: str) -> tuple[int, list[str]]:
+    """How many tiles with products there are, and those that spill between two of them."""
+    tiles, found = 0, []
+    name = ""
+    body: list[str] = []
+
+    def judge() -> None:
+        nonlocal tiles
+        products = [i for i, line in enumerate(body) if PRODUCT.search(line)]
+        if "GemmTile" not in name or not products:
+            return
+        tiles += 1
+        inner = body[products[0] : products[-1] + 1]
+        count = sum(1 for line in inner if SPILL.search(line))
+        if count:
+            found.append(f"{name}: {count} stores of vectors to the stack among its products")
+
+    for line in listing.splitlines():
+        match = SYMBOL.match(line)
+        if match:
+            judge()
+            name, body = match["name"], []
+        else:
+            body.append(line)
+    judge()
+    return tiles, found
+
+
+def main() -> int:
+    total, wrong = 0, []
+    for path in map(Path, sys.argv[1:]):
+        listing = subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        tiles, found = spills(listing)
+        total += tiles
+        wrong += [f"{path.name}: {one}" for one in found]
+    for one in wrong:
+        print(one)
+    print(f"{total} tiles, {len(wrong)} that spill")
+    return int(bool(wrong) or total == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
