@@ -44,7 +44,7 @@ demo: setup ## start a small cluster and watch it answer
 	$(PY) -m loraserve.cli demo $(DEMO_ARGS)
 
 test: $(VENV)/.test setup ## the tests (any machine, no GPU)
-	$(PY) -m pytest tests
+	$(PY) tools/run_tests.py tests
 
 stress: $(VENV)/.runtime ## engine and transfer under address, undefined-behaviour and thread sanitizers
 	$(BIN) cmake --preset asan >/dev/null && $(BIN) cmake --build --preset asan
@@ -56,12 +56,12 @@ stress: $(VENV)/.runtime ## engine and transfer under address, undefined-behavio
 
 fuzz: $(VENV)/.test setup ## the readers and state machines against far more hostile input
 	@# Two at a time: the longest, which waits for a cluster's answers, beside all others.
-	LORASERVE_FUZZ=$(FUZZ) $(PY) -m pytest -q $(FUZZ_LONGEST) & \
-	  longest=$$!; LORASERVE_FUZZ=$(FUZZ) $(PY) -m pytest -q $(filter-out $(FUZZ_LONGEST),$(FUZZ_TESTS)); \
+	LORASERVE_FUZZ=$(FUZZ) $(PY) tools/run_tests.py -q $(FUZZ_LONGEST) & \
+	  longest=$$!; LORASERVE_FUZZ=$(FUZZ) $(PY) tools/run_tests.py -q $(filter-out $(FUZZ_LONGEST),$(FUZZ_TESTS)); \
 	  others=$$?; wait $$longest && exit $$others
 
 soak: $(VENV)/.test setup ## a cluster under churn and kills, a thousand loads
-	$(PY) -m pytest tests -m long -rs
+	$(PY) tools/run_tests.py tests -m long -rs
 
 clients: $(VENV)/.test setup ## clients of other projects, unmodified; nightly: it installs them
 	$(PY) -m pytest -m "long or clients" -rs tests/integration/test_client_*.py
