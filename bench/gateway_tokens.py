@@ -77,6 +77,7 @@ def node_role(arguments: argparse.Namespace) -> int:
     options = NodeOptions("bench", MODEL_NAME, listen="127.0.0.1:0", limits=limits)
     words = argparse.Namespace(
         log_level="warning",
+        log_format="text",
         end_with=os.getppid(),
         port_file=arguments.port_file,
         metrics_port_file=None,
