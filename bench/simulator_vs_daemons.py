@@ -146,7 +146,8 @@ async def cluster(subject: Subject, profile: str) -> Any:
             model=subject.model,
             base=subject.base,
             controller_options=[str(word) for pair in control.items() for word in pair],
-            node_options=["--threads", "1"],
+            # Every adapter on both nodes, as the simulator has them.
+            node_options=["--threads", "1", "--host-pool-bytes", str(1 << 30)],
         )
         async with daemons, AsyncClient(daemons.address) as client:
             cores = sorted(os.sched_getaffinity(0))
