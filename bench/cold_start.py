@@ -1,6 +1,6 @@
 """The first request of an adapter that a peer holds, beside what its parts take alone.
 
-    python bench/engine_vs_transformers.py --make-only DIR
+    python bench/random_llama.py 1b DIR
     python bench/cold_start.py --model DIR/base [--repeats N] [--mib 16 256] [--out FILE]
 
 Two nodes, one copy of each adapter. A request goes straight to the node without the copy, which
@@ -39,10 +39,12 @@ from loraserve.sampling_params import SamplingParams
 from loraserve.v1 import node_pb2, node_pb2_grpc
 from loraserve.wire import channel_options
 
-PROMPT = list(range(100, 132))
+PROMPT = list(range(100, 108))
 PARAMS = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-BASE = "random-120m"
+BASE = "random"
 MARGIN_S = 0.010
+MAX_RANK = 512
+ENGINE_BYTES = 1 << 30
 
 
 def random_adapter(model: Path, mib: float, seed: int) -> AdapterSource:
@@ -61,7 +63,9 @@ def random_adapter(model: Path, mib: float, seed: int) -> AdapterSource:
         "down_proj": (wide, hidden),
     }
     per_rank = 2 * config.num_layers * sum(i + o for i, o in shapes.values())
-    rank = max(1, min(512, round(mib * 2**20 / per_rank)))
+    rank = max(1, round(mib * 2**20 / per_rank))
+    if rank > MAX_RANK:
+        raise SystemExit(f"{mib:g} MiB take rank {rank} here, over {MAX_RANK}: a wider model")
 
     def weights(*shape: int) -> Any:
         values = rng.standard_normal(shape, np.float32) * 0.01
@@ -138,7 +142,10 @@ def install_s(engine: Engine, path: Path) -> float:
 
 
 async def measured(model: Path, sizes: list[float], repeats: int) -> dict[str, Any]:
-    engine = Engine(EngineConfig(model=str(model), threads=1, memory_bytes=2 << 30, prefetch=False))
+    engine = Engine(
+        EngineConfig(model=str(model), threads=1, memory_bytes=ENGINE_BYTES, prefetch=False)
+    )
+    pool_bytes = int(4 * max(sizes) * 2**20)
     found: dict[float, list[dict[str, float]]] = {mib: [] for mib in sizes}
     with tempfile.TemporaryDirectory() as directory:
         cluster = Cluster(
@@ -146,7 +153,10 @@ async def measured(model: Path, sizes: list[float], repeats: int) -> dict[str, A
             2,
             model=model,
             base=BASE,
-            node_options=["--threads", "1", "--memory-bytes", str(2 << 30)],
+            node_options=[
+                *("--threads", "1", "--memory-bytes", str(ENGINE_BYTES)),
+                *("--host-pool-bytes", str(pool_bytes)),
+            ],
         )
         async with cluster, AsyncClient(cluster.address) as client:
             await client.wait_routable(())

@@ -60,7 +60,8 @@ def adapter_of(mib: int) -> bytes:
 def hold(to_reader: Connection, blob: bytes) -> None:
     """The holder's process: tells its addresses, serves until the reader is done."""
     header = parse_header(blob)
-    pool = HostPool(HostArena(len(blob) + (1 << 20)), time.monotonic)
+    # Room for two leases of one peer: that of the read before may be on its way back.
+    pool = HostPool(HostArena(4 * len(blob) + (1 << 20)), time.monotonic)
     slot = pool.reserve(len(blob))
     slot.view[:] = blob
     view = slot.seal(header.revision).view

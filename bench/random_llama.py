@@ -5,6 +5,7 @@ converter wants one that it knows the kind of.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,9 @@ def make_checkpoint(root: Path, size: str) -> tuple[Path, list[Path]]:
             _write_adapter(directory, shape, rank, generator)
         (root / "complete").touch()
     return base, adapters
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
+        sys.exit(f"usage: random_llama.py {'|'.join(SHAPES)} DIR: writes DIR/base and DIR/a*")
+    print(make_checkpoint(Path(sys.argv[2]), sys.argv[1])[0])
