@@ -112,6 +112,7 @@ void BindPacedEngine(py::module_& m) {
       .def("wait_report", &PacedEngine::WaitReport, py::arg("timeout_s"))
       .def("stats", &PacedEngine::stats)
       .def("backend_name", [](const PacedEngine&) { return "paced"; })
+      .def("register_host_memory", [](const PacedEngine&, const py::buffer&) { return false; })
       .def("stop", &PacedEngine::Stop);
 }
 
