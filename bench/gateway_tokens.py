@@ -117,7 +117,7 @@ class Streams(asyncio.Protocol):
 def http(body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
     return (
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: %d\r\n\r\n%s" % (len(data), data)
     )
 
@@ -189,6 +189,7 @@ def tokens(streams: int, rate: float, seconds: float) -> dict[str, Any]:
         end = time.monotonic() + 30
         while counted[0] < 3 * streams and time.monotonic() < end:
             await asyncio.sleep(0.05)
+        assert counted[0], "no stream got a token"
         await asyncio.sleep(1.0)
         pids = {"node": site.node.pid, "gateway": site.gateway.pid, "client": os.getpid()}
         before = {name: cpu_s(pid) for name, pid in pids.items()}
