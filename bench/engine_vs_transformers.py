@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured_on import commit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,12 +100,6 @@ class Theirs:
             out = model(
                 input_ids=ids, past_key_values=out.past_key_values, use_cache=True, **options
             )
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True)
-    return (result.stdout.strip() or "unknown") + ("-dirty" if dirty.stdout.strip() else "")
 
 
 def cpu_name() -> str:

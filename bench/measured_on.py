@@ -10,14 +10,16 @@ from loraserve.node.model import cpu_name
 
 
 def commit() -> str:
-    """Short, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    """Short, with "-dirty" where files differ from it, results apart, which change nothing that is
+    measured; "unknown" outside a checkout."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True)
         return done.stdout.strip()
 
+    sources = (":/", ":(exclude,top)bench/results")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (
-        "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *sources) else ""
     )
 
 

@@ -27,7 +27,6 @@ import contextlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +46,7 @@ from calibrated_simulator import (
     simulated_windows,
     with_overhead,
 )
+from measured_on import commit
 
 from loraserve.client import AsyncClient
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
@@ -230,12 +230,6 @@ class Requests:
 def load_average() -> float:
     """Of the last minute."""
     return os.getloadavg()[0]
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True)
-    return (result.stdout.strip() or "unknown") + ("-dirty" if dirty.stdout.strip() else "")
 
 
 async def measured(options: argparse.Namespace) -> dict[str, Any]:
