@@ -230,14 +230,16 @@ def test_one_command_makes_the_report_of_an_operator(tmp_path: Path) -> None:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m loraserve.cli "$@"\n')
     program.chmod(0o755)
     out = tmp_path / "report.json"
-    subprocess.run(
+    done = subprocess.run(
         [root / "bench/rdma_report.sh", "local", out],
         env={"PATH": "/usr/bin:/bin", "LORASERVE": str(program)},
         cwd=root,
-        check=True,
         timeout=300,
     )
     report = json.loads(out.read_text())
+    # Without a GPU the doctor of this end fails.
+    parts = ("here_doctor", "there_doctor", "reads")
+    assert done.returncode == (1 if any(report[part]["exit"] for part in parts) else 0)
     assert report["loraserve_rdma_report"] == 1
     assert report["reads"]["exit"] == 0
     assert all(read["seconds"] > 0 for read in report["reads"]["found"]["reads"])
