@@ -230,11 +230,18 @@ class AsyncClient:
         return self._site.watch.age_s if self._site.watch else None
 
     async def wait_routable(
-        self, adapters: Iterable[str], *, base: str = "", timeout_s: float = 30.0
+        self,
+        adapters: Iterable[str],
+        *,
+        base: str = "",
+        timeout_s: float = 30.0,
+        revision: str | None = None,
     ) -> None:
         """Returns when every named adapter has a holder; with none named, when there is a node.
 
-        Raises DeadlineExceededError, which names one that has none and why.
+        `revision`: the adapters named mean it by then, as after an update, whose answer comes
+        before routes tell of it. Raises DeadlineExceededError, which names one that has none and
+        why.
         """
         watch = self._site.watch
         if watch is None:
@@ -244,7 +251,7 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
         await watch.first_table(timeout_s)
-        while (missing := self._missing(names, base)) is not None:
+        while (missing := self._missing(names, base, revision)) is not None:
             left = end - loop.time()
             if left <= 0:
                 raise DeadlineExceededError("timeout_s", f"{timeout_s:g} s have passed: {missing}")
@@ -269,13 +276,15 @@ class AsyncClient:
             await watch.changed(left)
         return True
 
-    def _missing(self, names: Sequence[str], base: str) -> str | None:
+    def _missing(self, names: Sequence[str], base: str, revision: str | None) -> str | None:
         router = self._site.router
         if not router.table.nodes:
             return "no node has registered"
         for name in names:
+            route = router.table.find(base, name)
+            if route is not None and revision not in (None, route.revision):
+                return f"adapter {name!r} still means revision {route.revision[:12]}"
             if not router.has_holder(RouteRequest(base, name)):
-                route = router.table.find(base, name)
                 if route is None:
                     return f"adapter {name!r} is not in the route table"
                 return (

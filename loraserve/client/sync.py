@@ -235,10 +235,17 @@ class Client:
         return self._client.routes
 
     def wait_routable(
-        self, adapters: Iterable[str], *, base: str = "", timeout_s: float = 30.0
+        self,
+        adapters: Iterable[str],
+        *,
+        base: str = "",
+        timeout_s: float = 30.0,
+        revision: str | None = None,
     ) -> None:
         """See AsyncClient.wait_routable."""
-        self._loop.run(self._client.wait_routable(adapters, base=base, timeout_s=timeout_s))
+        self._loop.run(
+            self._client.wait_routable(adapters, base=base, timeout_s=timeout_s, revision=revision)
+        )
 
     def close(self) -> None:
         """Ends what runs with UnavailableError. Idempotent."""
