@@ -10,19 +10,20 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
+from loraserve.command_line import WRONG, Parser, told
 from loraserve.errors import InvalidArgumentError, LoraServeError, UnavailableError
 from loraserve.logs import set_up_logs
-from loraserve.option_sources import HelpFormatter, OptionSources
+from loraserve.named_files import wrong
+from loraserve.option_sources import OptionSources
 
-CANNOT_START = 2
+CANNOT_START = WRONG
 _PR_SET_PDEATHSIG = 1
 
 
-class DaemonParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other refusal to start does. Options come from the
-    environment and a file as well; see loraserve.option_sources."""
+class DaemonParser(Parser):
+    """Options come from the environment and a file as well; see loraserve.option_sources."""
 
     def __init__(
         self,
@@ -33,11 +34,7 @@ class DaemonParser(argparse.ArgumentParser):
         **settings: Any,
     ) -> None:
         """See OptionSources."""
-        super().__init__(
-            allow_abbrev=False,
-            formatter_class=HelpFormatter,
-            **settings,
-        )
+        super().__init__(allow_abbrev=False, **settings)
         self._sources = OptionSources(self, section, shared, rivals)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -45,11 +42,8 @@ class DaemonParser(argparse.ArgumentParser):
         try:
             words = self._sources.words(argv)
         except InvalidArgumentError as error:
-            self.error(str(error))
+            self.error(told(self, error))
         return super().parse_known_args([*words, *argv], namespace)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(CANNOT_START, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def end_with_parent(parent_pid: int | None) -> None:
@@ -81,7 +75,7 @@ class PortFile:
         self._path = path
         self._written = False
         if path is not None and not os.access(path.parent, os.W_OK | os.X_OK):
-            raise InvalidArgumentError(field, f"{path.parent} is no directory to write to")
+            raise wrong(field, path.parent, "is no directory to write to")
 
     def write(self, address: str) -> None:
         """Whole or not at all, so that nobody ever reads half of it."""
@@ -93,7 +87,7 @@ class PortFile:
             os.replace(staged, self._path)
         except OSError as error:
             staged.unlink(missing_ok=True)
-            raise InvalidArgumentError(self._field, f"{self._path}: {error.strerror}") from None
+            raise wrong(self._field, self._path, error) from None
         self._written = True
 
     def remove(self) -> None:
@@ -164,9 +158,10 @@ def run_daemon(
         end_with_parent(arguments.end_with)
         run_loop(run())
     except (LoraServeError, OSError) as error:
+        line = told(getattr(arguments, "parser", None), error)
         if arguments.log_format == "json":
-            log.error("%s", error)
+            log.error("%s", line)
         else:
-            print(f"{prog}: {error}", file=sys.stderr)
+            print(f"{prog}: error: {line}", file=sys.stderr)
         return CANNOT_START
     return 0

@@ -64,7 +64,9 @@ class TextFormatter(logging.Formatter):
 
 
 def add_log_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--log-level", default="info", choices=LEVELS)
+    parser.add_argument(
+        "--log-level", default="info", choices=LEVELS, help="the least that is told"
+    )
     parser.add_argument(
         "--log-format", default="text", choices=FORMATS, help="json: one object per line"
     )

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import whole, wrong
 
 PREFIX = "LORASERVE_"
 SECTIONS = ("controller", "node", "gateway")
@@ -64,20 +65,20 @@ def read_file(path: Path) -> dict[str, Any]:
     """The options in a file; names with dashes. Raises InvalidArgumentError that names it."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise InvalidArgumentError("config", f"{path}: over {MAX_FILE_BYTES} bytes")
+            raise wrong("config", path, f"over {MAX_FILE_BYTES} bytes")
         found = yaml.load(path.read_text("utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InvalidArgumentError("config", f"{path}: {error}") from None
+        raise wrong("config", path, error) from None
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise InvalidArgumentError("config", f"{path}: is no mapping of options to values")
+        raise wrong("config", path, "is no mapping of options to values")
     options = {name.replace("_", "-"): value for name, value in found.items()}
     for name, value in options.items():
         if name in SECTIONS and not isinstance(value, dict | None):
-            raise InvalidArgumentError("config", f"{path}: section {name} is no mapping")
+            raise wrong("config", path, f"section {name} is no mapping")
         if name not in SECTIONS and name not in SERVE_OPTIONS:
-            raise InvalidArgumentError("config", f"{path}: there is no option {name!r}")
+            raise wrong("config", path, f"there is no option {name!r}")
     return options
 
 
@@ -138,18 +139,6 @@ def _checked(action: argparse.Action, texts: Iterable[str], source: str) -> list
     return words
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Shows defaults where there are any and the help does not tell them itself."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        if action.help is argparse.SUPPRESS or action.default in (None, "", False):
-            return text
-        if action.default in (argparse.SUPPRESS, []) or "default" in text:
-            return text
-        return f"{text} (default: %(default)s)".strip()
-
-
 class OptionSources:
     """Of one parser, whose `--config` it adds."""
 
@@ -168,7 +157,11 @@ class OptionSources:
         self._shared = shared
         self._rivals = rivals
         parser.add_argument(
-            "--config", type=Path, help=f"YAML file of options; so is ${PREFIX}OPTION for each"
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help=f"YAML file of options (default: ${PREFIX}CONFIG, or none); each option may also "
+            f"be a variable, as ${PREFIX}LOG_LEVEL for --log-level",
         )
         parser.set_defaults(sections={})
 
@@ -213,9 +206,9 @@ class OptionSources:
                 texts = text.split(",") if several else [text]
                 words += _checked(action, texts, f"${in_environment}")
             elif found and found[-1] is not None:
-                words += _checked(action, _texts(found[-1]), str(path))
+                words += _checked(action, _texts(found[-1]), whole(path or ""))
         for name in of_file:
-            raise InvalidArgumentError("config", f"{path}: there is no option {name!r} here")
+            raise wrong("config", path or "", f"there is no option {name!r} here")
         return words
 
 

@@ -19,6 +19,8 @@ CHUNK_BYTES = 1 << 20
 
 # Initial metadata of an upload whose description was accepted.
 UPLOAD_ACCEPTED = (("loraserve-upload", "accepted"),)
+# Initial metadata of a node's registration: the mark of the controller's store.
+STORE_MARK = "loraserve-store-mark"
 
 KEEPALIVE_TIME_MS = 1000
 KEEPALIVE_TIMEOUT_MS = 1000

@@ -16,8 +16,10 @@ from typing import Any
 import fsspec
 
 from loraserve.errors import InvalidArgumentError, NotFoundError
+from loraserve.named_files import wrong
 
 SUFFIX = ".lora"
+MARK = "store-id"
 READ_BYTES = 1 << 20
 # Whoever writes a blob has ended, in one way or another, after so long.
 STAGED_S = 24 * 3600.0
@@ -27,19 +29,51 @@ class DurableStore:
     """Methods block on disk or network; call them outside the event loop. They raise OSError where
     the store fails."""
 
-    def __init__(self, url: str) -> None:
-        """`url`: a path, or a URL such as s3://bucket/folder. Raises InvalidArgumentError."""
+    def __init__(self, url: str, *, make: bool = True) -> None:
+        """`url`: a path, or a URL such as s3://bucket/folder. `make`: a directory that is not
+        there; who only reads has nothing of one that it made itself. Raises InvalidArgumentError,
+        OSError."""
         try:
             filesystem, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise InvalidArgumentError("store", f"{url!r}: {error}") from None
+        self.url = url
         self._filesystem: Any = filesystem
         self._root = str(root).rstrip("/")
         self._local = "file" in (
             (filesystem.protocol,) if isinstance(filesystem.protocol, str) else filesystem.protocol
         )
-        if self._local:
+        if not self._local:
+            return
+        if make:
             os.makedirs(self._root, exist_ok=True)
+        elif os.path.exists(self._root) and not os.path.isdir(self._root):
+            raise wrong("store", self._root, "is no directory")
+
+    @property
+    def directory(self) -> Path | None:
+        """None where the store is no directory of this machine."""
+        return Path(self._root) if self._local else None
+
+    def mark(self) -> str:
+        """What tells this store from others, the same for all who reach it. Empty where it has none
+        yet; see `make_mark`."""
+        try:
+            found = bytes(self._filesystem.cat_file(f"{self._root}/{MARK}"))
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        text = found.decode("ascii", "replace").strip()
+        return text if re.fullmatch(r"[0-9a-f]{32}", text) else ""
+
+    def make_mark(self) -> str:
+        """`mark`, made where there is none."""
+        if not (mark := self.mark()):
+            mark = secrets.token_hex(16)
+            if self._local:
+                Path(self._root, MARK).write_text(f"{mark}\n")
+            else:
+                self._filesystem.pipe_file(f"{self._root}/{MARK}", f"{mark}\n".encode())
+        return mark
 
     def path_of(self, revision: str) -> str:
         """Where the blob of a revision lies in the store. Raises InvalidArgumentError."""

@@ -37,7 +37,7 @@ from loraserve.checkpoint.packed_header import (
     parse_header,
     place_module,
 )
-from loraserve.checkpoint.peft_adapter import read_peft_directory
+from loraserve.checkpoint.peft_adapter import peft_files, read_peft_directory
 from loraserve.checkpoint.safetensors_file import DTYPES
 from loraserve.errors import InvalidCheckpointError, UnsupportedError
 
@@ -276,16 +276,24 @@ def open_packed(
     return parse_packed(mapping, verify=verify, revision=revision)
 
 
+def check_adapter_path(path: Path) -> None:
+    """What a look tells of a source of `load_adapter_source`: that its files are there. Raises
+    InvalidCheckpointError, UnsupportedError."""
+    if path.is_dir():
+        peft_files(path)
+    elif not path.is_file():
+        raise InvalidCheckpointError(str(path), "is neither a PEFT directory nor a packed file")
+
+
 def load_adapter_source(path: Path) -> PackedAdapter:
     """A PEFT directory, packed in memory, or a packed file, mapped and verified.
 
     Raises InvalidCheckpointError or UnsupportedError.
     """
+    check_adapter_path(path)
     if path.is_dir():
         # Packing has checked every weight.
         return parse_packed(_pack(read_peft_directory(path), None), verify="none")
-    if not path.is_file():
-        raise InvalidCheckpointError(str(path), "is neither a PEFT directory nor a packed file")
     return open_packed(path)
 
 

@@ -136,23 +136,30 @@ def read_arrays(arrays: Mapping[str, Any], config: Mapping[str, Any]) -> Adapter
     )
 
 
-def read_peft_directory(path: Path) -> AdapterSource:
-    """The adapter in a PEFT directory; its matrices are views of the mapped file.
-
-    Raises InvalidCheckpointError or UnsupportedError, naming the field, file or tensor.
-    """
-    config_path, weights_path = path / CONFIG_NAME, path / WEIGHTS_NAME
-    if not config_path.is_file():
+def peft_files(path: Path) -> tuple[Path, Path]:
+    """Configuration and weights of a PEFT directory. Raises InvalidCheckpointError where one is
+    missing, UnsupportedError for weights as a pickle."""
+    config, weights = path / CONFIG_NAME, path / WEIGHTS_NAME
+    if not config.is_file():
         raise InvalidCheckpointError(CONFIG_NAME, "is missing; not a PEFT directory")
-    with config_path.open("rb") as file:
-        # One byte more than allowed, so that the limit is noticed without reading everything.
-        raw = file.read(MAX_CONFIG_BYTES + 1)
-    config = parse_object(CONFIG_NAME, raw, MAX_CONFIG_BYTES)
-    if not weights_path.is_file():
+    if not weights.is_file():
         if (path / PICKLE_NAME).is_file():
             raise UnsupportedError(
                 PICKLE_NAME, f"is a pickle, which can run code; save it as {WEIGHTS_NAME}"
             )
         raise InvalidCheckpointError(WEIGHTS_NAME, "is missing")
+    return config, weights
+
+
+def read_peft_directory(path: Path) -> AdapterSource:
+    """The adapter in a PEFT directory; its matrices are views of the mapped file.
+
+    Raises InvalidCheckpointError or UnsupportedError, naming the field, file or tensor.
+    """
+    config_path, weights_path = peft_files(path)
+    with config_path.open("rb") as file:
+        # One byte more than allowed, so that the limit is noticed without reading everything.
+        raw = file.read(MAX_CONFIG_BYTES + 1)
+    config = parse_object(CONFIG_NAME, raw, MAX_CONFIG_BYTES)
     views = open_safetensors(weights_path)
     return _source({name: (view.dtype, view.data) for name, view in views.items()}, config)

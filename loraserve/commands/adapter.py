@@ -12,7 +12,10 @@ from loraserve.checkpoint.packed_adapter import describe, load_adapter_source, w
 from loraserve.checkpoint.peft_adapter import read_peft_directory
 from loraserve.client import AdapterInfo
 from loraserve.commands.connection import add_connection, connect
-from loraserve.errors import AlreadyExistsError, InvalidArgumentError
+from loraserve.errors import AlreadyExistsError
+from loraserve.named_files import named, wrong
+
+_BASE = "name of the base model, where there are several (default: the only one)"
 
 
 def add_parser(commands: Any) -> None:
@@ -20,9 +23,9 @@ def add_parser(commands: Any) -> None:
     kinds = parser.add_subparsers(required=True, metavar="ACTION")
 
     add = kinds.add_parser("add", help="admit an adapter to the cluster")
-    add.add_argument("name")
+    add.add_argument("name", help="that requests use: 1 to 64 of a-z 0-9 . _ -")
     add.add_argument("path", type=Path, help="PEFT directory or packed file")
-    add.add_argument("--base", default="", help="name of the base model, where there are several")
+    add.add_argument("--base", default="", help=_BASE)
     add.add_argument("--replace", action="store_true", help="where the name is taken, update it")
     add.add_argument(
         "--allow-base-mismatch",
@@ -30,34 +33,39 @@ def add_parser(commands: Any) -> None:
         help="admit it though it names another base; shapes must fit all the same",
     )
     add.add_argument(
-        "--wait", type=float, metavar="SECONDS", help="for the cluster, and until it serves"
+        "--wait",
+        type=float,
+        metavar="SECONDS",
+        help="for the cluster, and until it serves this adapter (default: does not wait)",
     )
     add_connection(add)
     add.set_defaults(run=_add)
 
     listing = kinds.add_parser("list", help="all adapters of the cluster")
-    listing.add_argument("--base", default="", help="of this base model only")
+    listing.add_argument("--base", default="", help="of this base model only (default: of all)")
     listing.add_argument("--json", action="store_true", help="one JSON array")
     add_connection(listing)
     listing.set_defaults(run=_list)
 
     show = kinds.add_parser("show", help="one adapter of the cluster, and where it is")
-    show.add_argument("name")
-    show.add_argument("--base", default="")
+    show.add_argument("name", help="of the adapter")
+    show.add_argument("--base", default="", help=_BASE)
     show.add_argument("--json", action="store_true", help="one JSON object")
     add_connection(show)
     show.set_defaults(run=_show)
 
     remove = kinds.add_parser("remove", help="take an adapter out of the cluster")
-    remove.add_argument("name")
-    remove.add_argument("--base", default="")
+    remove.add_argument("name", help="of the adapter")
+    remove.add_argument("--base", default="", help=_BASE)
     add_connection(remove)
     remove.set_defaults(run=_remove)
 
     pack = kinds.add_parser("pack", help="write a PEFT directory as one packed file")
     pack.add_argument("source", type=Path, help="PEFT directory")
     pack.add_argument("target", type=Path, help="file to write")
-    pack.add_argument("--base-digest", help="64 hex digits that name the base model's weights")
+    pack.add_argument(
+        "--base-digest", metavar="HEX", help="64 hex digits that name the base model's weights"
+    )
     pack.set_defaults(run=_pack)
 
     inspect = kinds.add_parser("inspect", help="check an adapter file by file and tell about it")
@@ -89,17 +97,21 @@ def _print_one(info: AdapterInfo) -> None:
 
 def _add(arguments: argparse.Namespace) -> int:
     options = {"base": arguments.base, "allow_base_mismatch": arguments.allow_base_mismatch}
+    with named("path", arguments.path):
+        packed = load_adapter_source(arguments.path)
     with connect(arguments) as client:
         if arguments.wait is not None:  # also for the cluster itself
             client.wait_routable((), timeout_s=arguments.wait)
         try:
-            info = client.adapters.add(arguments.name, arguments.path, **options)
+            info = client.adapters.add(arguments.name, packed, **options)
         except AlreadyExistsError as error:
             if not arguments.replace:
                 raise AlreadyExistsError("name", f"{error.message} (--replace)") from None
-            info = client.adapters.update(arguments.name, arguments.path, **options)
+            info = client.adapters.update(arguments.name, packed, **options)
         if arguments.wait is not None:
-            client.wait_routable([info.name], base=info.base, timeout_s=arguments.wait)
+            client.wait_routable(
+                [info.name], base=info.base, timeout_s=arguments.wait, revision=info.revision
+            )
             info = client.adapters.get(info.name, base=info.base)
         _print_one(info)
     return 0
@@ -141,17 +153,19 @@ def _remove(arguments: argparse.Namespace) -> int:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    source = read_peft_directory(arguments.source)
+    with named("source", arguments.source):
+        source = read_peft_directory(arguments.source)
     try:
         revision = write_packed(source, arguments.target, base_digest=arguments.base_digest)
     except OSError as error:
-        raise InvalidArgumentError("target", f"{arguments.target}: {error}") from None
+        raise wrong("target", arguments.target, error) from None
     print(f"{arguments.target}: {arguments.target.stat().st_size} bytes, revision {revision}")
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    facts = describe(load_adapter_source(arguments.path))
+    with named("path", arguments.path):
+        facts = describe(load_adapter_source(arguments.path))
     if arguments.json:
         print(json.dumps(facts, indent=1))
         return 0

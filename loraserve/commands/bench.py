@@ -9,7 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from loraserve.checkpoint.model_config import read_model_config
+from loraserve.command_line import number
 from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import named, wrong
 from loraserve.placement.cost_model import Slo
 from loraserve.placement.operating_point import LengthMix
 from loraserve.profiler.profile_engine import ProfileOptions, measure, to_json
@@ -25,26 +28,30 @@ def add_parser(commands: Any) -> None:
         description="Runs the engine through steps of many compositions, fits the linear cost "
         "model, checks it on points that were held out, and derives operating points. Nothing "
         "else should run meanwhile.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     defaults, slo, mix = ProfileOptions(Path()), Slo(), LengthMix()
     add = profile.add_argument
-    add("--model", type=Path, required=True, help="Hugging Face directory")
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
     add("--base", default="", help="name of the base model (default: the directory's)")
     add("--device", default=defaults.device, help="cpu or cuda")
-    add("--weight-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    add("--memory-bytes", type=int, default=defaults.memory_bytes, help="half of it for adapters")
-    add("--max-batch-tokens", type=int, default=defaults.max_batch_tokens)
-    add("--max-sequences", type=int, default=defaults.max_sequences)
-    add("--threads", type=int, default=0, help="of the engine; 0: one for each core")
-    add("--repeats", type=int, default=Grid().repeats, help="of every point, in turn with others")
+    add(
+        "--weight-dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="that weights are kept in; auto: as in the files",
+    )
+    number(add, "--memory-bytes", defaults.memory_bytes, "BYTES", "half of it for adapters")
+    number(add, "--max-batch-tokens", defaults.max_batch_tokens, "TOKENS", "in one engine step")
+    number(add, "--max-sequences", defaults.max_sequences, "REQUESTS", "in one engine step")
+    number(add, "--threads", 0, "THREADS", "of the engine; 0: one for each core")
+    number(add, "--repeats", Grid().repeats, "TIMES", "that each point is measured")
     add("--quick", action="store_true", help="fewer points: a look, not a profile")
-    add("--ttft-p95", type=float, default=slo.ttft_p95_s, help="of the SLO, seconds")
-    add("--tbt-p95", type=float, default=slo.tbt_p95_s, help="of the SLO, seconds")
-    add("--prompt", type=float, default=mix.prompt, help="mean tokens of a prompt")
-    add("--output", type=float, default=mix.output, help="mean tokens of an answer")
-    add("--adapters", type=int, default=mix.adapters, help="distinct ones that share a node")
-    add("-o", dest="out", type=Path, required=True, help="JSON file to write")
+    number(add, "--ttft-p95", slo.ttft_p95_s, "SECONDS", "to the first token, of the SLO")
+    number(add, "--tbt-p95", slo.tbt_p95_s, "SECONDS", "between tokens, of the SLO")
+    number(add, "--prompt", mix.prompt, "TOKENS", "of a prompt, on average")
+    number(add, "--output", mix.output, "TOKENS", "of an answer, on average")
+    number(add, "--adapters", mix.adapters, "ADAPTERS", "distinct ones that share a node")
+    add("-o", dest="out", type=Path, required=True, metavar="FILE", help="JSON file to write")
     profile.set_defaults(run=_profile)
 
 
@@ -52,7 +59,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     if not 5 <= arguments.repeats <= 1000:
         raise InvalidArgumentError("repeats", f"{arguments.repeats} is not within 5 and 1000")
     if not arguments.out.parent.is_dir():
-        raise InvalidArgumentError("o", f"{arguments.out.parent} is no directory")
+        raise wrong("-o", arguments.out.parent, "is no directory")
     grid = replace(QUICK if arguments.quick else Grid(), repeats=arguments.repeats)
     options = ProfileOptions(
         model=arguments.model,
@@ -67,8 +74,10 @@ def _profile(arguments: argparse.Namespace) -> int:
     )
     slo = Slo(arguments.ttft_p95, arguments.tbt_p95)
     mix = LengthMix(arguments.prompt, arguments.output, arguments.adapters)
+    with named("model", arguments.model):
+        read_model_config(arguments.model)  # a wrong one is told before a bar of progress stands
     console = Console(stderr=True)
-    with Progress(console=console) as bar:
+    with Progress(console=console) as bar, named("model", arguments.model):
         task = bar.add_task("scenarios", total=None)
         measured = measure(
             options, lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,11 +1,13 @@
 """How a command reaches the cluster: options, environment, and the client made of them."""
 
 import argparse
+import functools
 import os
 from pathlib import Path
 
 from loraserve.client import Client
 from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import read_key
 from loraserve.security import TlsFiles
 
 DEFAULT_CONTROLLER = "127.0.0.1:7400"
@@ -17,7 +19,7 @@ def add_connection(parser: argparse.ArgumentParser, *, nodes: bool = False) -> N
     group.add_argument(
         "--controller",
         metavar="HOST:PORT",
-        help=f"default: $LORASERVE_CONTROLLER, or {DEFAULT_CONTROLLER}",
+        help=f"of the cluster (default: $LORASERVE_CONTROLLER, or {DEFAULT_CONTROLLER})",
     )
     if nodes:
         group.add_argument(
@@ -27,24 +29,11 @@ def add_connection(parser: argparse.ArgumentParser, *, nodes: bool = False) -> N
             default=[],
             help="a node that serves without a controller; may be given more than once",
         )
-    group.add_argument(
-        "--api-key-file", type=Path, help="file with the key (default: $LORASERVE_API_KEY, or none)"
-    )
-    group.add_argument("--tls-ca", type=Path, help="authority of the servers' certificates (PEM)")
-    group.add_argument("--tls-cert", type=Path, help="PEM certificate of this client")
-    group.add_argument("--tls-key", type=Path, help="PEM key of --tls-cert")
-
-
-def _api_key(path: Path | None) -> str | None:
-    if path is None:
-        return os.environ.get("LORASERVE_API_KEY") or None
-    try:
-        key = path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError("api-key-file", f"{path}: cannot be read: {error}") from None
-    if not key or not key.isprintable() or " " in key:
-        raise InvalidArgumentError("api-key-file", f"{path}: does not hold one key")
-    return key
+    add = functools.partial(group.add_argument, type=Path, metavar="FILE")
+    add("--api-key-file", help="with the key (default: the key in $LORASERVE_API_KEY, or none)")
+    add("--tls-ca", help="PEM, authority of the servers' certificates (default: no TLS)")
+    add("--tls-cert", help="PEM, certificate of this client")
+    add("--tls-key", help="PEM, key of --tls-cert")
 
 
 def connect(arguments: argparse.Namespace) -> Client:
@@ -52,7 +41,9 @@ def connect(arguments: argparse.Namespace) -> Client:
     tls = None
     if arguments.tls_ca or arguments.tls_cert or arguments.tls_key:
         tls = TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_ca)
-    key = _api_key(arguments.api_key_file)
+    key = read_key("api-key-file", arguments.api_key_file)
+    if key is None:
+        key = os.environ.get("LORASERVE_API_KEY") or None
     nodes = getattr(arguments, "node", [])
     if nodes:
         if arguments.controller:

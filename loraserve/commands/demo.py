@@ -22,17 +22,38 @@ def add_parser(commands: Any) -> None:
         description="Starts a controller and nodes on free loopback ports, loads ten adapters of "
         "ranks 4 to 128, replays random requests, checks every answer and stops everything. Exit "
         "code 0 only if at least 95 % of the answers are right and none was lost.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=defaults.seconds, help="of requests")
-    parser.add_argument("--rate", type=float, default=defaults.rate_per_s, help="requests/s")
-    parser.add_argument(
-        "--burst", type=int, default=defaults.burst, help="requests at once in the middle"
+    add = parser.add_argument
+    add(
+        "--seconds",
+        type=float,
+        default=defaults.seconds,
+        metavar="SECONDS",
+        help="for which requests come",
     )
-    parser.add_argument("--nodes", type=int, default=defaults.nodes)
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the requests")
-    parser.add_argument("--json", action="store_true", help="the result as one object, last line")
-    parser.add_argument("--directory", type=Path, help="keep data and logs there")
+    add(
+        "--rate",
+        type=float,
+        default=defaults.rate_per_s,
+        metavar="REQUESTS_PER_S",
+        help="on average",
+    )
+    add(
+        "--burst",
+        type=int,
+        default=defaults.burst,
+        metavar="REQUESTS",
+        help="at once, in the middle",
+    )
+    add("--nodes", type=int, default=defaults.nodes, metavar="NODES", help="to start")
+    add("--seed", type=int, default=defaults.seed, metavar="N", help="of the requests")
+    add("--json", action="store_true", help="the result as one object, last line")
+    add(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="for data and logs, which stay (default: a temporary one, which goes)",
+    )
     parser.set_defaults(run=_demo)
 
 

@@ -14,18 +14,45 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("generate", help="ask a cluster or a node for one answer")
     defaults = SamplingParams()
     parser.add_argument("prompt", help="text; - reads it from standard input")
-    parser.add_argument("--adapter", help="default: the base model")
-    parser.add_argument(
-        "--base", default="", help="name of the base model, where there are several"
+    add = parser.add_argument
+    add("--adapter", metavar="NAME", help="to answer with (default: none, the base model)")
+    add(
+        "--base",
+        default="",
+        metavar="NAME",
+        help="of the base model, where there are several (default: the only one)",
     )
-    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--top-p", type=float, default=defaults.top_p)
-    parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 (default) is off")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--stop", action="append", default=[], help="may be given more than once")
-    parser.add_argument("--ignore-eos", action="store_true")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for the whole request")
+    add(
+        "--max-tokens",
+        type=int,
+        default=defaults.max_tokens,
+        metavar="TOKENS",
+        help="the answer ends there",
+    )
+    add("--temperature", type=float, default=0.0, metavar="FACTOR", help="0 is greedy")
+    add(
+        "--top-p",
+        type=float,
+        default=defaults.top_p,
+        metavar="SHARE",
+        help="of probability that is drawn from, over 0 up to 1",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=defaults.top_k,
+        metavar="TOKENS",
+        help="that are drawn from; 0: all",
+    )
+    add("--seed", type=int, metavar="N", help="of the draws (default: another one each time)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
+    add("--ignore-eos", action="store_true", help="go on after the token that ends an answer")
+    add(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="for the whole request (default: no limit)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object, when it is whole")
     add_connection(parser, nodes=True)
     parser.set_defaults(run=_generate)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from loraserve.errors import LoraServeError
+from loraserve.named_files import named
 from loraserve.node.doctor import run_doctor
 from loraserve.node.transfer.dry_run import (
     OFFER_SIZES,
@@ -33,7 +34,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("node", help="the machine of a node")
     kinds = parser.add_subparsers(required=True, metavar="ACTION")
     doctor = kinds.add_parser("doctor", help="check whether this machine can run a node")
-    doctor.add_argument("--model", type=Path, help="Hugging Face directory to check too")
+    doctor.add_argument(
+        "--model", type=Path, metavar="DIR", help="Hugging Face directory to check too"
+    )
     doctor.add_argument("--json", action="store_true", help="one JSON array")
     doctor.add_argument(
         "--offer", action="store_true", help="let another machine's doctor read from this one"
@@ -103,7 +106,11 @@ def _to_device(offered: Sequence[Offered]) -> dict[str, Any]:
 
 def _read_from(source: str, gpudirect: bool) -> int:
     """One JSON object: to be sent to whoever asks how fast it is there."""
-    line = sys.stdin.readline() if source == "-" else Path(source).read_text()
+    if source == "-":
+        line = sys.stdin.readline()
+    else:
+        with named("read-from", source):
+            line = Path(source).read_text()
     try:
         offered, holder = from_line(line)
         info, reads = asyncio.run(read_offer(offered))

@@ -9,16 +9,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loraserve.checkpoint.adapter_source import MAX_RANK
+from loraserve.checkpoint.model_config import read_model_config
+from loraserve.checkpoint.packed_adapter import check_adapter_path
+from loraserve.command_line import HelpFormatter, exit_code, told
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
 from loraserve.demo.skills import SKILLS
-from loraserve.errors import InvalidArgumentError, LoraServeError
+from loraserve.errors import InvalidArgumentError, InvalidCheckpointError, LoraServeError
 from loraserve.logs import FORMATS, LEVELS, set_up_logs
-from loraserve.option_sources import HelpFormatter, OptionSources, section_words
+from loraserve.named_files import named
+from loraserve.option_sources import OptionSources, section_words
+from loraserve.security import KeyRing
 from loraserve.serve.options import ServeOptions
 from loraserve.serve.tree import serve
+from loraserve.text.tokenizer import TOKENIZER_NAME
+from loraserve.wire import is_loopback
 
 _log = logging.getLogger("loraserve.serve")
 
+# All of the options would be twelve lines.
+_USAGE = """loraserve serve MODEL [OPTIONS]
+       loraserve serve --model MODEL [OPTIONS]
+       loraserve serve --demo [OPTIONS]
+
+MODEL is the directory of a Hugging Face model; --demo serves the one that ships."""
 # Options of other servers that mean nothing here: ranks and adapters have no fixed slots.
 _WITHOUT_EFFECT = ("enable-lora", "max-loras", "max-cpu-loras", "max-lora-rank")
 # Options that every node gets as they are, where they are given.
@@ -46,6 +60,7 @@ def add_parser(commands: Any) -> None:
         description="Starts a controller, nodes and a gateway as one process tree, says when it is "
         "ready, and stops everything on SIGTERM or Ctrl-C. Sections `controller`, `node` and "
         "`gateway` of the file hold further options of these daemons (--help of each).",
+        usage=_USAGE,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -55,7 +70,11 @@ def add_parser(commands: Any) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        return parse([*sources.words(args), *args], namespace)
+        try:
+            words = sources.words(args)
+        except InvalidArgumentError as error:
+            parser.error(told(parser, error))
+        return parse([*words, *args], namespace)
 
     parser.parse_known_args = parse_known_args
     parser.set_defaults(run=_serve)
@@ -64,7 +83,7 @@ def add_parser(commands: Any) -> None:
 def _add_places(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model_dir", nargs="?", type=Path, metavar="MODEL", help="Hugging Face directory")
-    add("--model", type=Path, metavar="MODEL", help="the same")
+    add("--model", type=Path, metavar="MODEL", help="the same as MODEL without a name")
     add("--demo", action="store_true", help="the shipped model and its ten adapters")
     add(
         *("--adapter", "--lora-modules"),
@@ -73,7 +92,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=DIR",
-        help="PEFT directories",
+        help="PEFT directories, or packed files; a name is the model of its requests",
     )
     add("--base", metavar="NAME", help="of the base model (default: the directory's)")
     add(
@@ -86,10 +105,15 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     )
     add("--chat-template", type=Path, metavar="FILE", help="Jinja (default: the model's)")
     add("--host", default="127.0.0.1", help="to listen on; others than loopback need keys")
-    add("--port", type=int, default=8000, help="0 takes a free one")
-    add("--keys", type=Path, metavar="FILE", help="without one only loopback is served")
+    add("--port", type=int, default=8000, metavar="PORT", help="0 takes a free one")
+    add("--keys", type=Path, metavar="FILE", help="key file; without one only loopback is served")
     add("--api-key", metavar="KEY", help="one key for everything, instead of --keys")
-    add("--data-dir", type=Path, metavar="DIR", help="of the cluster (default: a temporary one)")
+    add(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="of the cluster (default: a temporary one, which goes in the end)",
+    )
     add(
         "--adapter-root",
         type=Path,
@@ -103,15 +127,43 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--nodes", type=int, default=1, help="engines, each with a copy of the model")
+    add("--nodes", type=int, default=1, metavar="NODES", help="each with a copy of the model")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--threads", type=int, default=0, help="of each engine; 0: the machine's cores, shared")
+    add(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="THREADS",
+        help="of each engine; 0: the machine's cores, shared",
+    )
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of the weights (default: auto)")
-    add("--max-num-seqs", type=int, metavar="N", help="requests in one engine step (default: 64)")
-    add("--max-num-batched-tokens", type=int, metavar="N", help="in one step (default: 512)")
-    add("--start-timeout-s", type=float, default=600.0, help="for each part, seconds")
-    add("--drain-timeout-s", type=float, default=30.0, help="for requests that run at the end, s")
-    add("--log-level", choices=LEVELS, help="(default: info)")
+    add(
+        "--max-num-seqs",
+        type=int,
+        metavar="REQUESTS",
+        help="in one engine step (default: 64)",
+    )
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="in one engine step (default: 512)",
+    )
+    add(
+        "--start-timeout-s",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="for each part",
+    )
+    add(
+        "--drain-timeout-s",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="for requests that run at the end",
+    )
+    add("--log-level", choices=LEVELS, help="the least that is told (default: info)")
     add("--log-format", choices=FORMATS, help="json: one object per line (default: text)")
     add("--otlp-endpoint", metavar="URL", help="OTLP/HTTP collector that gets traces")
     for name in _WITHOUT_EFFECT:
@@ -148,7 +200,9 @@ def _options(arguments: argparse.Namespace) -> ServeOptions:
     if arguments.demo:
         models.append(MODEL_DIRECTORY)
     if len(models) != 1:
-        raise InvalidArgumentError("model", "exactly one of --model DIR and --demo is needed")
+        raise InvalidArgumentError(
+            "model", "exactly one of MODEL, --model MODEL and --demo is needed"
+        )
     adapters = dict(arguments.adapter)
     if len(adapters) != len(arguments.adapter):
         raise InvalidArgumentError("adapter", "a name is given twice")
@@ -157,7 +211,7 @@ def _options(arguments: argparse.Namespace) -> ServeOptions:
         base = arguments.base or MODEL_NAME
         adapters = {skill.name: adapter_directory(skill.name) for skill in SKILLS} | adapters
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    return ServeOptions(
+    options = ServeOptions(
         model=models[0],
         base=base,
         adapters=adapters,
@@ -176,6 +230,32 @@ def _options(arguments: argparse.Namespace) -> ServeOptions:
         drain_timeout_s=arguments.drain_timeout_s,
         extra=_extra(arguments),
     )
+    _check_files(options)
+    return options
+
+
+def _check_files(options: ServeOptions) -> None:
+    """What a look tells at once, before anything is started. Raises InvalidArgumentError."""
+    with named("model", options.model):
+        read_model_config(options.model)
+        if not (options.model / TOKENIZER_NAME).is_file():
+            raise InvalidCheckpointError(TOKENIZER_NAME, "is missing")
+    for path in options.adapters.values():
+        with named("adapter", path):
+            check_adapter_path(path)
+    if options.chat_template is not None:
+        with named("chat-template", options.chat_template):
+            options.chat_template.read_text("utf-8")
+    if options.keys is not None:
+        KeyRing.load(options.keys)
+
+
+def _exposed(options: ServeOptions) -> str | None:
+    """What is allowed but weak; None where nothing is."""
+    tls = any(word.startswith("--tls-cert=") for word in options.extra.get("gateway", ()))
+    if tls or is_loopback(options.listen):
+        return None
+    return f"warning: {options.listen} is not encrypted: keys can be read on the way"
 
 
 def _say(line: str) -> None:
@@ -188,16 +268,18 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_logs("loraserve", arguments.log_level or "info", arguments.log_format)
     try:
         return _run(arguments, lambda line: _log.info("%s", line))
-    except LoraServeError as error:
-        _log.error("%s", error)
-        return 1
+    except (LoraServeError, OSError) as error:
+        _log.error("%s", told(arguments.parser, error))
+        return exit_code(error)
 
 
 def _run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Raises LoraServeError."""
     options = _options(arguments)
     for name in sorted(set(arguments.without_effect)):
-        say(f"{name} has no effect: any number of adapters of any rank up to 512 is served")
+        say(f"{name} has no effect: any number of adapters of any rank up to {MAX_RANK} is served")
+    if weak := _exposed(options):
+        say(weak)
 
     async def run() -> None:
         stopping = asyncio.Event()

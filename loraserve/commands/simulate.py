@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from loraserve.command_line import number
 from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import Slo
 from loraserve.placement.policies import POLICIES
@@ -30,62 +31,66 @@ def add_parser(commands: Any) -> None:
         description="Runs a workload or a trace through a simulated cluster whose controller and "
         "router are the real ones and whose engines follow a profile. `loraserve simulate claims` "
         "compares all policies over the whole suite and writes the report (needs loraserve[sim]).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("what", nargs="?", choices=["run", "claims"], default="run")
-    parser.add_argument("--policy", default=defaults.policy, help=", ".join(sorted(POLICIES)))
+    add = parser.add_argument
+    add("what", nargs="?", choices=["run", "claims"], default="run", help="one run, or the report")
+    add("--policy", default=defaults.policy, help=", ".join(sorted(POLICIES)))
     suite = ", ".join(f"{short} {name}" for short, name in SUITE.items())
-    parser.add_argument(
-        "--workload",
-        default=defaults.workload,
-        help=f"{suite}; also {', '.join(n for n in WORKLOADS if n not in SUITE.values())}",
-    )
-    parser.add_argument(
+    others = ", ".join(name for name in WORKLOADS if name not in SUITE.values())
+    add("--workload", default=defaults.workload, help=f"{suite}; also {others}")
+    add(
         "--trace",
         type=Path,
+        metavar="FILE",
         help="replay Azure .csv, Mooncake .jsonl (also .gz) or ServeGen .parquet instead",
     )
-    parser.add_argument("--trace-lengths", type=Path, help="ServeGen's second file")
-    parser.add_argument("--nodes", type=int, default=defaults.nodes)
-    parser.add_argument("--adapters", type=int, default=defaults.adapters)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument(
-        "--rate", type=float, help="requests/s of the cluster; without it 60 %% of what it carries"
+    add(
+        "--trace-lengths",
+        type=Path,
+        metavar="FILE",
+        help="ServeGen's second file (default: beside --trace, `lengths` for `rates` in its name)",
     )
-    parser.add_argument("--duration", type=float, default=defaults.duration_s, help="seconds")
-    parser.add_argument("--cv", type=float, default=defaults.cv, help="of times between requests")
-    parser.add_argument("--lengths", default=defaults.lengths, help=", ".join(LENGTHS))
-    parser.add_argument(
-        "--alpha", type=float, default=defaults.alpha, help="of slora: 1 is uniform"
+    number(add, "--nodes", defaults.nodes, "NODES", "of the cluster")
+    number(add, "--adapters", defaults.adapters, "ADAPTERS", "of the workload")
+    number(add, "--seed", defaults.seed, "N", "of the workload and the router")
+    add(
+        "--rate",
+        type=float,
+        metavar="REQUESTS_PER_S",
+        help="of the cluster (default: 60 %% of what it carries)",
     )
-    parser.add_argument(
-        "--profile", default=defaults.profile, help=f"a file or {', '.join(shipped_profiles())}"
+    number(add, "--duration", defaults.duration_s, "SECONDS", "of requests, in simulated time")
+    number(add, "--cv", defaults.cv, "FACTOR", "coefficient of variation between requests")
+    add("--lengths", default=defaults.lengths, help=", ".join(LENGTHS))
+    number(add, "--alpha", defaults.alpha, "FACTOR", "of workload slora; 1 is uniform")
+    add(
+        "--profile",
+        default=defaults.profile,
+        help=f"a file, or one that ships: {', '.join(shipped_profiles())}",
     )
-    parser.add_argument("--slo-ttft", type=float, default=defaults.slo.ttft_p95_s, help="p95, s")
-    parser.add_argument("--slo-tbt", type=float, default=defaults.slo.tbt_p95_s, help="p95, s")
-    parser.add_argument(
-        "--interval", type=float, default=defaults.interval_s, help="of placement, s"
-    )
-    parser.add_argument("--replicas", type=int, default=defaults.replicas, help="at least")
-    parser.add_argument("--host-gib", type=float, default=defaults.host_gib, help="for adapters")
-    parser.add_argument(
+    number(add, "--slo-ttft", defaults.slo.ttft_p95_s, "SECONDS", "to the first token, p95")
+    number(add, "--slo-tbt", defaults.slo.tbt_p95_s, "SECONDS", "between tokens, p95")
+    number(add, "--interval", defaults.interval_s, "SECONDS", "between placements")
+    number(add, "--replicas", defaults.replicas, "COPIES", "of each adapter, at least")
+    number(add, "--host-gib", defaults.host_gib, "GIB", "of each node, for adapters")
+    add(
         "--fail",
         action="append",
         default=[],
         metavar="TIME:NODE[:DOWN]",
-        help="a node dies at that second, for so many (60)",
+        help="a node dies at that second, for so many (60); may be given repeatedly",
     )
-    parser.add_argument("--json", action="store_true", help="one object")
-    parser.add_argument("--quick", action="store_true", help="claims: small, a minute or two")
-    parser.add_argument(
+    add("--json", action="store_true", help="one object")
+    add("--quick", action="store_true", help="claims: small, a minute or two")
+    add(
         "--output",
         type=Path,
-        # So that the formatter adds no "(default: None)".
+        metavar="DIR",
         default=argparse.SUPPRESS,
         help="claims: folder for JSON, plots and report, which are overwritten "
         f"(default: {_FULL_OUTPUT}, with --quick {_QUICK_OUTPUT})",
     )
-    parser.add_argument("--workers", type=int, default=2, help="claims: processes")
+    number(add, "--workers", 2, "PROCESSES", "claims: at once")
     parser.set_defaults(run=_simulate)
 
 

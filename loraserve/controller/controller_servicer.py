@@ -30,6 +30,7 @@ from loraserve.errors import FailedPreconditionError, InvalidArgumentError, NotF
 from loraserve.security import current_identity
 from loraserve.security.identity import check_revision
 from loraserve.v1 import controller_pb2, controller_pb2_grpc
+from loraserve.wire import STORE_MARK
 from loraserve.wire_errors import typed_errors
 
 HEARTBEATS_PER_TICK = 2
@@ -43,11 +44,14 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         runtime: Runtime,
         metrics: ControllerMetrics,
         rank_costs: controller_pb2.RankCosts | None = None,
+        store_mark: str = "",
     ) -> None:
-        """`rank_costs`: for clients that are to choose between nodes by ranks."""
+        """`rank_costs`: for clients that are to choose between nodes by ranks. `store_mark`: for
+        nodes to see whether their store is the controller's."""
         self._runtime = runtime
         self._metrics = metrics
         self._rank_costs = rank_costs
+        self._store_mark = store_mark
 
     @typed_errors
     async def RegisterNode(
@@ -56,6 +60,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         record = node_from_wire(request)
         self._check_same_weights(record)
         await self._runtime.apply(NodeRegistered(record, request.heard_epoch))
+        if self._store_mark:
+            await context.send_initial_metadata(((STORE_MARK, self._store_mark),))
         settings = self._runtime.settings
         period = Duration()
         # Two in a tick: see Settings.quiet_ticks.

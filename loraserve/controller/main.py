@@ -1,6 +1,7 @@
 """loraserve-controller: reads the command line, runs the controller until SIGTERM or SIGINT."""
 
 import argparse
+import functools
 import gc
 import logging
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from loraserve.command_line import number
 from loraserve.controller.server import GC_THRESHOLDS, ControllerOptions, ControllerServer
 from loraserve.controller.state import Settings
 from loraserve.daemon import DaemonParser, run_daemon
@@ -33,36 +35,56 @@ def _parser() -> argparse.ArgumentParser:
         shared=_SHARED,
     )
     add = parser.add_argument
-    add("--listen", default="127.0.0.1:7400", help="host:port; port 0 takes a free one")
-    add("--port-file", type=Path, help="file that gets the bound address, for scripts")
-    add("--data-dir", type=Path, required=True, help="registry, placement and packed adapters")
-    add("--store", help="path or fsspec URL of the packed adapters (default: in --data-dir)")
-    add("--keys", type=Path, help="key file; without one only loopback is served")
-    add("--tls-cert", type=Path, help="PEM certificate of this server")
-    add("--tls-key", type=Path, help="PEM key of --tls-cert")
-    add("--tls-client-ca", type=Path, help="demand client certificates of this authority (PEM)")
-    add("--metrics-listen", help="loopback host:port of /metrics; port 0 takes a free one")
-    add("--metrics-port-file", type=Path, help="file that gets the bound address of /metrics")
+    at = "HOST:PORT"
+    add("--listen", default="127.0.0.1:7400", metavar=at, help="port 0 takes a free one")
+    file = functools.partial(add, type=Path, metavar="FILE")
+    file("--port-file", help="gets the bound address, for scripts")
+    add(
+        "--data-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="registry, placement and packed adapters",
+    )
+    add(
+        "--store",
+        metavar="PATH_OR_URL",
+        help="of the packed adapters; URLs as of fsspec (default: `adapters` in --data-dir)",
+    )
+    file("--keys", help="key file; without one only loopback is served")
+    file("--tls-cert", help="PEM, certificate of this server")
+    file("--tls-key", help="PEM, key of --tls-cert")
+    file("--tls-client-ca", help="PEM, authority of the client certificates that are demanded")
+    add("--metrics-listen", metavar=at, help="loopback, of /metrics; port 0 takes a free one")
+    file("--metrics-port-file", help="gets the bound address of /metrics")
     add("--policy", default=DEFAULT_POLICY, choices=sorted(POLICIES), help="of placement")
-    add("--replicas", type=int, default=1, help="copies of each adapter that are wanted")
-    add("--heartbeat-period", type=float, default=1.0, help="seconds; nodes send two in it")
-    add("--missed-heartbeats", type=int, default=3, help="after so many a node is lost")
-    add("--placement-interval", type=float, default=60.0, help="seconds")
+    number(add, "--replicas", 1, "COPIES", "of each adapter that are wanted")
+    number(add, "--heartbeat-period", 1.0, "SECONDS", "in which nodes send two heartbeats")
+    number(add, "--missed-heartbeats", 3, "PERIODS", "of silence after which a node is lost")
+    number(add, "--placement-interval", 60.0, "SECONDS", "between placements by demand")
     add(
         "--move-budget-mib",
         type=float,
+        metavar="MIB",
         help="of adapters that may move for balance in a placement interval (default: no limit)",
     )
     add(
         "--profile",
-        help="of the nodes' engine: a file of `loraserve bench profile`, or one shipped",
+        metavar="FILE_OR_NAME",
+        help="of the nodes' engine: a file of `loraserve bench profile`, or one that ships "
+        f"(default: {DEFAULT_PROFILE.name})",
     )
-    add("--profile-base", help="base model that --profile stands for (default: the one it names)")
-    add("--slo-ttft", type=float, default=Slo().ttft_p95_s, help="p95 of the first token, seconds")
-    add("--slo-tbt", type=float, default=Slo().tbt_p95_s, help="p95 between tokens, seconds")
-    add("--prompt", type=float, default=LengthMix().prompt, help="mean tokens of a prompt")
-    add("--output", type=float, default=LengthMix().output, help="mean tokens of an answer")
-    add("--node-adapters", type=int, default=LengthMix().adapters, help="distinct ones on a node")
+    add(
+        "--profile-base",
+        metavar="NAME",
+        help="base model that --profile stands for (default: the one it names)",
+    )
+    slo, mix = Slo(), LengthMix()
+    number(add, "--slo-ttft", slo.ttft_p95_s, "SECONDS", "to the first token, p95")
+    number(add, "--slo-tbt", slo.tbt_p95_s, "SECONDS", "between tokens, p95")
+    number(add, "--prompt", mix.prompt, "TOKENS", "of a prompt, on average")
+    number(add, "--output", mix.output, "TOKENS", "of an answer, on average")
+    number(add, "--node-adapters", mix.adapters, "ADAPTERS", "distinct ones on a node")
     add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
     add_log_arguments(parser)
     return parser

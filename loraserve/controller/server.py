@@ -25,6 +25,7 @@ from loraserve.controller.runtime import Runtime
 from loraserve.controller.state import Settings
 from loraserve.controller.store import SqliteStore
 from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import named
 from loraserve.placement.load import LoadModel, default_load_model
 from loraserve.placement.policies import DEFAULT_POLICY, policy_named, routed_by_rank
 from loraserve.security import TlsFiles, authenticator, server_credentials
@@ -98,11 +99,11 @@ class ControllerServer:
         policy = policy_named(options.policy)
         _check_load(options.load)
         self._credentials = server_credentials(options.tls) if options.tls else None
-        try:
+        with named("data-dir", options.data_dir):
             options.data_dir.mkdir(parents=True, exist_ok=True)
-            self._blobs = DurableStore(options.store or str(options.data_dir / "adapters"))
-        except OSError as error:
-            raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
+        store = options.store or str(options.data_dir / "adapters")
+        with named("store" if options.store else "data-dir", store):
+            self._blobs = DurableStore(store)
         # First of all, as its lock keeps a second controller away from what the first one writes.
         self._store = SqliteStore(options.data_dir / "controller.sqlite")
         self.metrics = ControllerMetrics()
@@ -117,6 +118,7 @@ class ControllerServer:
         except BaseException:
             self._store.close()
             raise
+        self._store_mark = self._mark()
         self.metrics.observe(self.runtime, options.load)
         self._registry = AdapterRegistry(
             self.runtime, records, self._blobs, lambda: time.time_ns() // 1000
@@ -127,11 +129,17 @@ class ControllerServer:
 
     def _clean(self, options: ControllerOptions) -> Admission:
         """Admission, and away with what a controller that was killed left half written."""
-        try:
+        with named("data-dir", options.data_dir):
             self._blobs.remove_staged()
             return Admission(options.data_dir / "staging", options.new_check)
-        except OSError as error:
-            raise InvalidArgumentError("data-dir", f"{options.data_dir}: {error}") from None
+
+    def _mark(self) -> str:
+        """Of the store; empty where it takes none, and then no node can compare."""
+        try:
+            return self._blobs.make_mark()
+        except Exception as error:  # a file system's driver raises what it likes
+            _log.warning("store %s takes no mark: %s", self._blobs.url, error)
+            return ""
 
     async def start(self) -> None:
         """Listens and serves. Raises UnavailableError where an address is taken; then `stop` is
@@ -149,7 +157,7 @@ class ControllerServer:
             own, padded = (options.load or default_load_model()).profile.cost.per_rank()
             costs = controller_pb2.RankCosts(own=own, padded=padded)
         controller_pb2_grpc.add_ControllerServiceServicer_to_server(
-            ControllerServicer(self.runtime, self.metrics, costs), self._server
+            ControllerServicer(self.runtime, self.metrics, costs, self._store_mark), self._server
         )
         self._health = Health(SERVICES)
         await self._health.tell(serving=False)

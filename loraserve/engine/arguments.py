@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loraserve.errors import InvalidArgumentError, InvalidCheckpointError
+from loraserve.named_files import os_error_text
 
 MAX_SECONDS = 1e9  # longer is for ever, and fits every clock
 
@@ -54,4 +55,4 @@ def reading(field: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InvalidCheckpointError(field, error.strerror or str(error)) from None
+        raise InvalidCheckpointError(field, os_error_text(error)) from None

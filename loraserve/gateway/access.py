@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraserve.errors import PermissionDeniedError, UnauthenticatedError
 from loraserve.gateway.http import Request
-from loraserve.security import Identity, KeyRing, Role, check_exposure
+from loraserve.security import Identity, KeyRing, Role, TlsFiles, check_exposure
 from loraserve.security.identity import ANYONE
 from loraserve.wire import is_loopback, split_address
 
@@ -45,12 +45,12 @@ class Caller:
 class Gate:
     """Deny by default."""
 
-    def __init__(self, address: str, keys: Path | None) -> None:
+    def __init__(self, address: str, keys: Path | None, tls: TlsFiles | None = None) -> None:
         """`keys`: the key file of the cluster; without one, only loopback may be listened on and a
-        caller's key is not looked at. Raises InvalidArgumentError."""
+        caller's key is not looked at. `tls`: what is served with. Raises InvalidArgumentError."""
         self._keys = KeyRing.load(keys) if keys else None
         self._host = split_address(address, "listen")[0].lower()
-        check_exposure(address, self._keys is not None, None)
+        check_exposure(address, self._keys is not None, tls)
 
     def admit(self, request: Request, roles: frozenset[Role]) -> Caller:
         """Raises UnauthenticatedError, PermissionDeniedError."""

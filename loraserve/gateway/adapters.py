@@ -18,6 +18,7 @@ from loraserve.gateway.http import Request
 from loraserve.gateway.models import table_of
 from loraserve.gateway.schema import Schema
 from loraserve.gateway.site import GatewaySite
+from loraserve.named_files import wrong
 from loraserve.security.identity import check_name
 
 ROUTABLE_TIMEOUT_S = 60.0
@@ -79,7 +80,7 @@ class AdapterRoots:
         """Raises InvalidArgumentError where one is no directory."""
         for root in roots:
             if not root.is_dir():
-                raise InvalidArgumentError("adapter-root", f"{root} is no directory")
+                raise wrong("adapter-root", root, "is no directory")
         self._roots = [Path(os.path.realpath(root)) for root in roots]
 
     def find(self, path: str) -> Path:

@@ -2,18 +2,18 @@
 
 import argparse
 import asyncio
+import functools
 import logging
-import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from loraserve.daemon import DaemonParser, run_daemon
-from loraserve.errors import InvalidArgumentError
 from loraserve.gateway.server import GatewayOptions, GatewayServer
 from loraserve.gateway.site import MAX_BODY_BYTES
 from loraserve.logs import add_log_arguments
+from loraserve.named_files import read_key
 from loraserve.security import TlsFiles
 from loraserve.tracing import open_tracer
 
@@ -28,6 +28,9 @@ _SHARED = {
 }
 
 
+_AT = "HOST:PORT"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = DaemonParser(
         prog="loraserve-gateway",
@@ -37,38 +40,70 @@ def _parser() -> argparse.ArgumentParser:
         rivals=frozenset({"listen", "host", "port"}),
     )
     add = parser.add_argument
-    add("--listen", default="127.0.0.1:8000", help="host:port; port 0 takes a free one")
-    add("--host", help="with --port, instead of --listen")
-    add("--port", type=int, help="with --host (default: 127.0.0.1), instead of --listen")
-    add("--port-file", type=Path, help="file that gets the bound address once it serves")
-    add("--controller", help="host:port of the cluster's controller")
-    add("--node", action="append", default=[], help="host:port of a node that serves alone")
-    add("--tokenizer", type=Path, help="Hugging Face directory of the base model, for its texts")
-    add("--chat-template", type=Path, help="Jinja file (default: what came with the tokenizer)")
-    add("--base", default="", help="name of the base model, where there are several")
+    add("--listen", default="127.0.0.1:8000", metavar=_AT, help="port 0 takes a free one")
+    add("--host", help="instead of --listen, with --port (default: 127.0.0.1)")
+    add("--port", type=int, metavar="PORT", help="instead of --listen (default: 8000)")
+    file = functools.partial(add, type=Path, metavar="FILE")
+    file("--port-file", help="gets the bound address once it serves")
+    add("--controller", metavar=_AT, help="of the cluster; it or --node is needed")
+    add(
+        "--node",
+        action="append",
+        default=[],
+        metavar=_AT,
+        help="of a node that serves alone; may be given repeatedly",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory of the base model, for its texts; without one chats and "
+        "token texts are refused",
+    )
+    file("--chat-template", help="Jinja (default: what came with the tokenizer)")
+    add(
+        "--base",
+        default="",
+        metavar="NAME",
+        help="of the base model, where there are several (default: the only one)",
+    )
     add(
         "--served-model-name",
         action="append",
         default=[],
-        help="another name of the base model; may be given more than once",
+        metavar="NAME",
+        help="another one of the base model; may be given repeatedly",
     )
-    add("--keys", type=Path, help="key file of the cluster; without one only loopback is served")
-    add("--key-file", type=Path, help="file with the gateway's own key (role node), to see routes")
+    file("--keys", help="key file of the cluster; without one only loopback is served")
+    file("--key-file", help="with the gateway's own key (role node), to see routes")
     add(
         "--adapter-root",
         type=Path,
         action="append",
         default=[],
-        help="directory under which POST /v1/load_lora_adapter may read; may be given repeatedly",
+        metavar="DIR",
+        help="under which POST /v1/load_lora_adapter may read; may be given repeatedly",
     )
     add("--allow-base-mismatch", action="store_true", help="load adapters made for other bases")
-    add("--tls-cert", type=Path, help="PEM certificate of this server")
-    add("--tls-key", type=Path, help="PEM key of --tls-cert")
-    add("--tls-ca", type=Path, help="authority of the cluster's certificates (PEM)")
-    add("--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="of one HTTP request")
-    add("--drain-timeout-s", type=float, default=30.0, help="for requests that run at the end")
-    add("--metrics-listen", help="loopback host:port of /metrics; port 0 takes a free one")
-    add("--metrics-port-file", type=Path, help="file that gets the bound address of /metrics")
+    file("--tls-cert", help="PEM, certificate of this server")
+    file("--tls-key", help="PEM, key of --tls-cert")
+    file("--tls-ca", help="PEM, authority of the cluster's certificates")
+    add(
+        "--max-body-bytes",
+        type=int,
+        default=MAX_BODY_BYTES,
+        metavar="BYTES",
+        help="of one HTTP request",
+    )
+    add(
+        "--drain-timeout-s",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="for requests that run at the end",
+    )
+    add("--metrics-listen", metavar=_AT, help="loopback, of /metrics; port 0 takes a free one")
+    file("--metrics-port-file", help="gets the bound address of /metrics")
     add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
     add("--otlp-endpoint", metavar="URL", help="OTLP/HTTP collector that gets traces")
     add_log_arguments(parser)
@@ -89,18 +124,6 @@ def _check(arguments: argparse.Namespace) -> None:
         _parser().error("--metrics-port-file goes with --metrics-listen")
 
 
-def _key(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        key = path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError("key-file", f"{path}: cannot be read: {error}") from None
-    if not re.fullmatch(r"\S{1,256}", key):
-        raise InvalidArgumentError("key-file", f"{path}: does not hold one key")
-    return key
-
-
 def _listen(arguments: argparse.Namespace) -> str:
     if arguments.host is None and arguments.port is None:
         return str(arguments.listen)
@@ -115,7 +138,7 @@ def _options(arguments: argparse.Namespace) -> GatewayOptions:
         listen=_listen(arguments),
         controller=arguments.controller,
         nodes=tuple(arguments.node),
-        key=_key(arguments.key_file),
+        key=read_key("key-file", arguments.key_file),
         keys=arguments.keys,
         cluster_tls=TlsFiles(None, None, ca) if ca else None,
         tls=TlsFiles(cert, key) if cert else None,

@@ -20,7 +20,8 @@ from loraserve.gateway.metrics import GatewayMetrics
 from loraserve.gateway.models import ModelNames
 from loraserve.gateway.sessions import Sessions
 from loraserve.gateway.site import MAX_BODY_BYTES, GatewaySite
-from loraserve.security import TlsFiles
+from loraserve.named_files import named, wrong
+from loraserve.security import TlsFiles, server_credentials
 from loraserve.serving import MetricsServer, serve_metrics
 from loraserve.text.chat_template import ChatTemplate
 from loraserve.text.tokenizer import Tokenizer
@@ -64,22 +65,35 @@ class _Uvicorn(uvicorn.Server):
         yield  # they are the daemon's
 
 
-def _read_template(path: Path | None, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+def _read_template(options: GatewayOptions, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """Raises InvalidArgumentError, InvalidCheckpointError."""
+    path = options.chat_template
+    if path is None:
+        if tokenizer is None or options.tokenizer is None:
+            return None
+        with named("tokenizer", options.tokenizer):
+            return ChatTemplate.of_tokenizer(tokenizer)
+    with named("chat-template", path):
+        source = path.read_text("utf-8")
+        return ChatTemplate(source, tokenizer.special_tokens if tokenizer else {})
+
+
+def _read_tokenizer(path: Path | None) -> Tokenizer | None:
     """Raises InvalidArgumentError, InvalidCheckpointError."""
     if path is None:
-        return None if tokenizer is None else ChatTemplate.of_tokenizer(tokenizer)
-    try:
-        source = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError("chat-template", f"{path}: {error}") from None
-    return ChatTemplate(source, tokenizer.special_tokens if tokenizer else {})
+        return None
+    if not path.is_dir():
+        raise wrong("tokenizer", path, "is no directory")
+    with named("tokenizer", path):
+        return Tokenizer.from_directory(path)
 
 
 def _context(model: Path | None) -> int | None:
     """Tokens of the model's context, where its configuration is beside the tokenizer."""
     if model is None or not (model / "config.json").is_file():
         return None
-    return read_model_config(model).max_position
+    with named("tokenizer", model):
+        return read_model_config(model).max_position
 
 
 def _bind(address: str) -> socket.socket:
@@ -107,8 +121,10 @@ class GatewayServer:
         if (options.controller is None) == (not options.nodes):
             raise InvalidArgumentError("controller", "exactly one of --controller and --node")
         self._options = options
-        self._gate = Gate(options.listen, options.keys)
-        tokenizer = Tokenizer.from_directory(options.tokenizer) if options.tokenizer else None
+        self._gate = Gate(options.listen, options.keys, options.tls)
+        if options.tls is not None:
+            server_credentials(options.tls)  # raises what is wrong with them, as uvicorn would not
+        tokenizer = _read_tokenizer(options.tokenizer)
         roots = AdapterRoots(options.adapter_roots)
         self._site = GatewaySite(
             Sessions(
@@ -120,7 +136,7 @@ class GatewayServer:
             ),
             ModelNames(options.base, options.aliases, one_base=tokenizer is not None),
             tokenizer,
-            _read_template(options.chat_template, tokenizer),
+            _read_template(options, tokenizer),
             GatewayMetrics(),
             context_tokens=_context(options.tokenizer),
             allow_base_mismatch=options.allow_base_mismatch,

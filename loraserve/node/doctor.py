@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraserve.errors import LoraServeError
+from loraserve.named_files import named
 from loraserve.node.model import cpu_name, memory_bytes
 from loraserve.node.transfer.dry_run import dry_run
 from loraserve.node.transfer.facts import (
@@ -145,10 +146,11 @@ def _model(path: Path) -> Check:
     from loraserve.checkpoint.model_weights import open_model_weights
 
     try:
-        config = read_model_config(path)
-        open_model_weights(path, config)
+        with named("model", path):
+            config = read_model_config(path)
+            open_model_weights(path, config)
     except LoraServeError as error:
-        return Check("model", False, str(error))
+        return Check("model", False, error.message)
     tokenizer = "with" if (path / "tokenizer.json").exists() else "WITHOUT"
     return Check(
         "model",

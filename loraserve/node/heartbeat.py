@@ -22,6 +22,7 @@ from loraserve.node.node_service import software_version
 from loraserve.node.residency import ResidencyReport
 from loraserve.placement.types import AdapterId
 from loraserve.v1 import common_pb2, controller_pb2, controller_pb2_grpc
+from loraserve.wire import STORE_MARK
 from loraserve.wire_errors import from_rpc_error
 
 _log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class ControllerLink:
         self._flushes: list[asyncio.Future[None]] = []
         self.epoch = 0
         self.registered = asyncio.Event()
+        self.store_mark = ""
+        """Of the controller's store, where it told it with the registration."""
 
     def wake(self) -> None:
         """Something changed that the controller should hear of before the period is over."""
@@ -131,7 +134,7 @@ class ControllerLink:
     async def _register(self) -> float:
         """The heartbeat period in seconds."""
         node = self._node
-        answer = await self._client.stub.RegisterNode(
+        call = self._client.stub.RegisterNode(
             controller_pb2.RegisterNodeRequest(
                 node_id=node.node_id,
                 incarnation=node.incarnation,
@@ -147,7 +150,10 @@ class ControllerLink:
             timeout=_CALL_TIMEOUT_S,
             metadata=self._client.metadata,
         )
+        answer = await call
         self._check_epoch(answer.epoch)
+        told = {key: value for key, value in await call.initial_metadata()}
+        self.store_mark = str(told.get(STORE_MARK, ""))
         self._commands.restart()
         period_s = seconds(answer.heartbeat_period)
         if not 0 < period_s <= 3600:

@@ -1,6 +1,7 @@
 """loraserve-node: reads the command line, runs one node until SIGTERM or SIGINT."""
 
 import argparse
+import functools
 import logging
 import os
 import platform
@@ -9,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from loraserve.command_line import number
 from loraserve.daemon import DaemonParser, run_daemon
-from loraserve.errors import InvalidArgumentError
 from loraserve.logs import add_log_arguments
+from loraserve.named_files import read_key
 from loraserve.node.limits import Limits
 from loraserve.node.model import ModelOptions, device_of, open_model, read_adapter
 from loraserve.node.peers.arguments import add_peer_arguments, peer_options
@@ -37,6 +39,9 @@ _SHARED = {
 }
 
 
+_AT = "HOST:PORT"
+
+
 def _adapter(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not (name and separator and path):
@@ -53,52 +58,79 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     limits = Limits()
-    add("--model", type=Path, required=True, help="Hugging Face directory")
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
     add("--base", default="", help="name of the base model (default: the directory's)")
-    add("--listen", default="127.0.0.1:7410", help="host:port; port 0 takes a free one")
-    add("--advertise", help="host:port where clients reach this node (default: --listen)")
-    add("--port-file", type=Path, help="file that gets the bound address once the node is ready")
-    add("--node-id", help="the same over restarts (default: from host name and port)")
-    add("--controller", help="host:port; without one the node serves alone")
-    add("--controller-key", type=Path, help="file with the key (role node) for the controller")
-    add("--store", help="path or fsspec URL of the packed adapters, where this node reaches it")
-    add("--adapter", type=_adapter, action="append", default=[], metavar="NAME=PATH")
-    add("--keys", type=Path, help="key file; without one only loopback is served")
-    add("--tls-cert", type=Path, help="PEM certificate of this node, also towards the controller")
-    add("--tls-key", type=Path, help="PEM key of --tls-cert")
-    add("--tls-client-ca", type=Path, help="demand client certificates of this authority (PEM)")
-    add("--tls-ca", type=Path, help="authority of the controller's certificate (PEM)")
-    add("--metrics-listen", help="loopback host:port of /metrics; port 0 takes a free one")
-    add("--metrics-port-file", type=Path, help="file that gets the bound address of /metrics")
-    add("--failure-domain", help="nodes that fail together share this word (default: host name)")
-    add("--relative-speed", type=float, default=1.0, help="of the engine, for placement")
+    add("--listen", default="127.0.0.1:7410", metavar=_AT, help="port 0 takes a free one")
+    add("--advertise", metavar=_AT, help="where clients reach this node (default: --listen)")
+    file = functools.partial(add, type=Path, metavar="FILE")
+    file("--port-file", help="gets the bound address once the node is ready")
+    add("--node-id", metavar="NAME", help="the same over restarts (default: of host and port)")
+    add("--controller", metavar=_AT, help="without one the node serves alone")
+    file("--controller-key", help="with the key (role node) for the controller")
+    add(
+        "--store",
+        metavar="PATH_OR_URL",
+        help="of the packed adapters: that of the controller, as this node reaches it; without "
+        "one they come over the controller",
+    )
+    add(
+        "--adapter",
+        type=_adapter,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="PEFT directory or packed file to load at start; may be given repeatedly",
+    )
+    file("--keys", help="key file; without one only loopback is served")
+    file("--tls-cert", help="PEM, certificate of this node, also towards the controller")
+    file("--tls-key", help="PEM, key of --tls-cert")
+    file("--tls-client-ca", help="PEM, authority of the client certificates that are demanded")
+    file("--tls-ca", help="PEM, authority of the controller's certificate")
+    add("--metrics-listen", metavar=_AT, help="loopback, of /metrics; port 0 takes a free one")
+    file("--metrics-port-file", help="gets the bound address of /metrics")
+    add(
+        "--failure-domain",
+        metavar="WORD",
+        help="shared by nodes that fail together (default: the host's name)",
+    )
+    add(
+        "--relative-speed",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="of the engine, for placement",
+    )
     add("--device", default="cpu", help="cpu or cuda")
-    add("--weight-dtype", "--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    add("--threads", type=int, default=0, help="of the engine; 0: one for each core")
-    add("--memory-bytes", type=int, default=0, help="KV cache and adapters in use; 0: 1 GiB")
+    add(
+        *("--weight-dtype", "--dtype"),
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="that weights are kept in; auto: as in the files",
+    )
+    number(add, "--threads", 0, "THREADS", "of the engine; 0: one for each core")
+    number(add, "--memory-bytes", 0, "BYTES", "of KV cache and adapters in use; 0: 1 GiB")
     add_pool_arguments(parser)
     add_peer_arguments(parser)
     add(
         *("--max-sequences", "--max-num-seqs"),
         type=int,
         default=limits.max_sequences,
-        help="requests in one engine step",
+        metavar="REQUESTS",
+        help="in one engine step",
     )
     add(
         *("--max-batch-tokens", "--max-num-batched-tokens"),
         type=int,
         default=512,
+        metavar="TOKENS",
         help="in one engine step",
     )
-    add("--max-queued-requests", type=int, default=limits.max_queued_requests)
-    add("--max-prompt-bytes", type=int, default=limits.max_prompt_bytes)
-    add(
-        "--stall-timeout-s",
-        type=float,
-        default=limits.stall_timeout_s,
-        help="a request ends whose client reads nothing for so long",
-    )
-    add("--drain-timeout-s", type=float, default=30.0, help="for requests that run at the end")
+    queued, prompt = limits.max_queued_requests, limits.max_prompt_bytes
+    number(add, "--max-queued-requests", queued, "REQUESTS", "that wait here; more are refused")
+    number(add, "--max-prompt-bytes", prompt, "BYTES", "of one request's text")
+    stall = limits.stall_timeout_s
+    number(add, "--stall-timeout-s", stall, "SECONDS", "in which a client must read something")
+    number(add, "--drain-timeout-s", 30.0, "SECONDS", "for requests that run at the end")
     add("--end-with", type=int, metavar="PID", help="stop when this process, the parent, has gone")
     add("--otlp-endpoint", metavar="URL", help="OTLP/HTTP collector that gets traces")
     add_log_arguments(parser)
@@ -131,18 +163,6 @@ def _check(arguments: argparse.Namespace) -> None:
         _parser().error("--metrics-port-file goes with --metrics-listen")
 
 
-def _key(field: str, path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        key = path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(field, f"{path}: cannot be read: {error}") from None
-    if not re.fullmatch(r"\S{1,256}", key):
-        raise InvalidArgumentError(field, f"{path}: does not hold one key")
-    return key
-
-
 def _default_id(listen: str) -> str:
     host = re.sub(r"[^a-z0-9-]", "-", platform.node().lower()).strip("-") or "node"
     port = listen.rpartition(":")[2]
@@ -170,8 +190,8 @@ def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
         tls = TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
     if arguments.tls_ca:
         controller_tls = TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_ca)
-    controller_key = _key("controller-key", arguments.controller_key)
-    peer_key = _key("peer-key", arguments.peer_key) or controller_key
+    controller_key = read_key("controller-key", arguments.controller_key)
+    peer_key = read_key("peer-key", arguments.peer_key) or controller_key
     return NodeOptions(
         node_id=arguments.node_id or _default_id(arguments.listen),
         base=model.base_name,

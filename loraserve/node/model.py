@@ -8,6 +8,7 @@ from typing import Literal
 
 from loraserve.checkpoint.packed_adapter import PackedAdapter, load_adapter_source
 from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import named, wrong
 from loraserve.node.engine_api import LoadedModel, ModelFacts
 from loraserve.v1 import common_pb2
 
@@ -36,27 +37,27 @@ class ModelOptions:
 def open_model(options: ModelOptions) -> LoadedModel:
     """Loads the model; takes as long as that takes. Raises LoraServeError."""
     if not options.path.is_dir():
-        raise InvalidArgumentError("model", f"{options.path} is not a directory")
+        raise wrong("model", options.path, "is no directory")
     try:
         # Late: the engine is a compiled extension, and the rest of the node is tested without it.
         from loraserve.engine import Engine, EngineConfig
     except ImportError as error:
         raise InvalidArgumentError("engine", f"is not built for this Python: {error}") from None
-    engine = Engine(
-        EngineConfig(
-            model=options.path,
-            base_name=options.base or None,
-            device=options.device,
-            weight_dtype=options.weight_dtype,
-            memory_bytes=options.memory_bytes or None,
-            max_sequences=options.max_sequences,
-            max_batch_tokens=options.max_batch_tokens,
-            threads=options.threads,
-        )
+    config = EngineConfig(
+        model=options.path,
+        base_name=options.base or None,
+        device=options.device,
+        weight_dtype=options.weight_dtype,
+        memory_bytes=options.memory_bytes or None,
+        max_sequences=options.max_sequences,
+        max_batch_tokens=options.max_batch_tokens,
+        threads=options.threads,
     )
-    config = engine.model_config
+    with named("model", options.path):
+        engine = Engine(config)
+    model = engine.model_config
     facts = ModelFacts(
-        options.base_name, engine.base_digest or "", config.max_position, config.vocab_size
+        options.base_name, engine.base_digest or "", model.max_position, model.vocab_size
     )
     return LoadedModel(engine, facts)
 

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from loraserve.checkpoint.durable_store import DurableStore
 from loraserve.checkpoint.packed_adapter import PackedAdapter
 from loraserve.errors import InvalidArgumentError, LoraServeError, UnavailableError
+from loraserve.named_files import named
 from loraserve.node.engine_api import LoadedModel, ServedEngine
 from loraserve.node.fetch import FETCH_GRACE_S, AdapterFetch
 from loraserve.node.heartbeat import ControllerClient, ControllerLink
@@ -33,6 +34,7 @@ from loraserve.node.pool.options import PoolOptions, open_arena
 from loraserve.node.pool.slots import SLOT_HEADER_BYTES, HostPool
 from loraserve.node.servicer import InferenceServicer
 from loraserve.node.sources import ControllerSource, LastingSource, StoreSource
+from loraserve.node.store_check import check_store
 from loraserve.placement.types import AdapterId
 from loraserve.security import (
     DEFAULT_TENANT,
@@ -128,16 +130,17 @@ class NodeServer:
         self._node: Node | None = None
         self._link: ControllerLink | None = None
         self._linking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.address = ""
         self.metrics_address = ""
 
     @staticmethod
     def _open_store(url: str | None) -> DurableStore | None:
-        try:
-            return DurableStore(url) if url else None
-        except OSError as error:
-            raise InvalidArgumentError("store", f"{url}: {error}") from None
+        if not url:
+            return None
+        with named("store", url):
+            return DurableStore(url, make=False)
 
     @property
     def node(self) -> Node:
@@ -174,6 +177,8 @@ class NodeServer:
         if self._channel is not None:
             self._link = ControllerLink(self._client, node, self._options.advertise or self.address)
             self._linking = asyncio.create_task(self._link.run())
+            if self._store is not None:
+                self._checking = asyncio.create_task(check_store(self._store, self._link))
         await self._health.tell(serving=True)
         _log.info("node %s serves on %s", self._options.node_id, self.address)
 
@@ -309,6 +314,8 @@ class NodeServer:
             if self._link is not None and self._link.registered.is_set():
                 await self._link.flush(_FLUSH_S)
             await self._node.drain()
+        if self._checking is not None:
+            self._checking.cancel()
         if self._linking is not None:
             self._linking.cancel()
             with contextlib.suppress(asyncio.CancelledError):

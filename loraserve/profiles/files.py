@@ -3,12 +3,14 @@ profile`."""
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from loraserve.errors import InvalidArgumentError, NotFoundError
+from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import whole, wrong
 from loraserve.placement.cost_model import CostModel, Profile
 
 DEFAULT_PROFILE = "a100-llama-3-8b-proportional"
@@ -21,23 +23,26 @@ def shipped_profiles() -> list[str]:
 
 
 def load_profile(name: str) -> Profile:
-    """By the name of a shipped one or the path of a file. Raises NotFoundError,
-    InvalidArgumentError."""
+    """By the name of a shipped one or the path of a file. Raises InvalidArgumentError."""
     path = _SHIPPED / f"{name}.json"
     if not path.is_file():
         path = Path(name)
     try:
         text = path.read_text()
-    except OSError:
+    except OSError as error:
+        if os.sep in name or path.exists():
+            raise wrong("profile", path, error) from None
         names = ", ".join(shipped_profiles())
-        raise NotFoundError("profile", f"{name!r} is no file and none of: {names}") from None
+        raise InvalidArgumentError(
+            "profile", f"{name!r} is no file ({whole(path)}) and none of: {names}"
+        ) from None
     except UnicodeDecodeError:
-        raise InvalidArgumentError("profile", f"{name} is not text") from None
+        raise wrong("profile", path, "is not text") from None
     try:
         raw = json.loads(text)
-    except ValueError as error:
-        raise InvalidArgumentError("profile", f"{name} is not JSON: {error}") from None
-    return _profile(name, raw)
+    except (ValueError, RecursionError) as error:
+        raise wrong("profile", path, f"is not JSON: {error}") from None
+    return _profile(whole(path), raw)
 
 
 def _profile(name: str, raw: Any) -> Profile:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import named, wrong
 from loraserve.security.identity import Identity, Role, check_name
 
 PREFIX = "lsk_"
@@ -26,24 +27,24 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _parse_line(field: str, line: str) -> tuple[str, Identity]:
+def _parse_line(line: str) -> tuple[str, Identity]:
     try:
         entry: Any = json.loads(line)
-    except ValueError as error:
-        raise InvalidArgumentError(field, f"not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError("entry", f"not JSON: {error}") from None
     wanted = {"name", "tenant", "role", "sha256"}
     if not isinstance(entry, dict) or set(entry) != wanted:
-        raise InvalidArgumentError(field, f"needs exactly {', '.join(sorted(wanted))}")
+        raise InvalidArgumentError("entry", f"needs exactly {', '.join(sorted(wanted))}")
     if not all(isinstance(value, str) for value in entry.values()):
-        raise InvalidArgumentError(field, "every value is a string")
+        raise InvalidArgumentError("entry", "every value is a string")
     digest: str = entry["sha256"]
     if len(digest) != 64 or any(c not in "0123456789abcdef" for c in digest):
-        raise InvalidArgumentError(f"{field} sha256", "is not 64 lower-case hexadecimal digits")
+        raise InvalidArgumentError("sha256", "is not 64 lower-case hexadecimal digits")
     if entry["role"] not in {role.value for role in Role}:
-        raise InvalidArgumentError(f"{field} role", f"{entry['role']!r}: user, admin or node")
+        raise InvalidArgumentError("role", f"{entry['role']!r}: user, admin or node")
     return digest, Identity(
-        check_name(f"{field} name", entry["name"]),
-        check_name(f"{field} tenant", entry["tenant"]),
+        check_name("name", entry["name"]),
+        check_name("tenant", entry["tenant"]),
         frozenset({Role(entry["role"])}),
     )
 
@@ -65,22 +66,21 @@ class KeyRing:
     @classmethod
     def load(cls, path: Path) -> "KeyRing":
         """Reads a key file. Raises InvalidArgumentError that names the file and line."""
-        try:
+        with named("keys", path):
             if path.stat().st_size > MAX_FILE_BYTES:
-                raise InvalidArgumentError("keys", f"{path}: over {MAX_FILE_BYTES} bytes")
+                raise wrong("keys", path, f"over {MAX_FILE_BYTES} bytes")
             lines = path.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgumentError("keys", f"{path}: cannot be read: {error}") from None
-        entries = [
-            _parse_line(f"keys {path.name}:{number}", line)
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
+        entries = []
+        for number, line in enumerate(lines, 1):
+            try:
+                entries += [_parse_line(line)] if line.strip() else []
+            except InvalidArgumentError as error:
+                raise wrong("keys", path, f"line {number}: {error}") from None
         names = [identity.name for _, identity in entries]
         if len(set(names)) != len(names):
-            raise InvalidArgumentError("keys", f"{path}: two keys of one name")
+            raise wrong("keys", path, "two keys of one name")
         if not entries:
-            raise InvalidArgumentError("keys", f"{path}: no key in it, so nobody could call")
+            raise wrong("keys", path, "no key in it, so nobody could call")
         return cls(entries)
 
     def identify(self, key: str) -> Identity | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 
 from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import named, whole, why, wrong
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,11 @@ class TlsFiles:
 def _read(field: str, path: Path | None) -> bytes | None:
     if path is None:
         return None
-    try:
+    with named(field, path):
         data = path.read_bytes()
-    except OSError as error:
-        raise InvalidArgumentError(field, f"cannot be read: {error}") from None
     # gRPC would take anything and fail every handshake later.
     if b"-----BEGIN " not in data:
-        raise InvalidArgumentError(field, f"{path} is not a PEM file")
+        raise wrong(field, path, "is not a PEM file")
     return data
 
 
@@ -45,14 +44,12 @@ def _check(files: TlsFiles, ca_field: str) -> None:
             try:
                 context.load_verify_locations(path)
             except OSError as error:  # which ssl.SSLError is
-                raise InvalidArgumentError(field, f"{path}: {error.strerror or error}") from None
+                raise wrong(field, path, error) from None
     if files.cert is not None and files.key is not None:
         try:
             context.load_cert_chain(files.cert, files.key, password="")  # never asks for one
         except OSError as error:
-            raise InvalidArgumentError(
-                "tls-key", f"{files.key} with {files.cert}: {error.strerror or error}"
-            ) from None
+            raise wrong("tls-key", files.key, f"with {whole(files.cert)}: {why(error)}") from None
 
 
 def client_context(files: TlsFiles) -> ssl.SSLContext:

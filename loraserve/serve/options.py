@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import wrong
 from loraserve.security.identity import check_base, check_name
 from loraserve.wire import is_loopback, split_address
 
@@ -44,10 +45,10 @@ class ServeOptions:
         if not 1 <= self.nodes <= MAX_NODES:
             raise InvalidArgumentError("nodes", f"{self.nodes} is not within 1 and {MAX_NODES}")
         if not self.model.is_dir():
-            raise InvalidArgumentError("model", f"{self.model} is no directory")
+            raise wrong("model", self.model, "is no directory")
         for root in self.adapter_roots:
             if not root.is_dir():
-                raise InvalidArgumentError("adapter-root", f"{root} is no directory")
+                raise wrong("adapter-root", root, "is no directory")
         split_address(self.listen, "listen")
         secured = self.keys is not None or self.api_key is not None
         if not secured and not is_loopback(self.listen):

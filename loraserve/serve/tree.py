@@ -12,6 +12,7 @@ from typing import Any
 
 from loraserve.client import AsyncClient
 from loraserve.errors import AlreadyExistsError, UnavailableError
+from loraserve.named_files import named
 from loraserve.security import Role, create_key
 from loraserve.security.keys import KeyRing
 from loraserve.serve import processes
@@ -121,16 +122,25 @@ class ServingTree:
         about: Any = {"base": options.base, "allow_base_mismatch": options.allow_base_mismatch}
         async with AsyncClient(controller, api_key=self._admin_key) as client:
             await client.wait_routable((), timeout_s=options.start_timeout_s)
+            admitted: dict[str, str] = {}
             for number, (name, path) in enumerate(options.adapters.items(), 1):
-                try:
-                    info = await client.adapters.add(name, path, **about)
-                except AlreadyExistsError:  # of an earlier run on the same data
-                    info = await client.adapters.update(name, path, **about)
+                with named("adapter", path):
+                    try:
+                        info = await client.adapters.add(name, path, **about)
+                    except AlreadyExistsError:  # of an earlier run on the same data
+                        info = await client.adapters.update(name, path, **about)
+                admitted[name] = info.revision
                 self._say(
                     f"adapter {name} ({number} of {len(options.adapters)}): rank {info.max_rank}, "
                     f"{info.size_bytes} bytes"
                 )
-            await client.wait_routable(options.adapters, timeout_s=options.start_timeout_s)
+            for name, revision in admitted.items():
+                await client.wait_routable(
+                    [name],
+                    base=options.base,
+                    timeout_s=options.start_timeout_s,
+                    revision=revision,
+                )
 
     async def _start_gateway(self, controller: str) -> None:
         options = self._options

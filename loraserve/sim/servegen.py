@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loraserve.errors import FailedPreconditionError, InvalidArgumentError
+from loraserve.errors import FailedPreconditionError
+from loraserve.named_files import named, wrong
 from loraserve.sim.traces import MalformedTraceError
 from loraserve.sim.workload import Floats, Ints, Workload, check_positive, ranks_by_share
 
@@ -52,14 +53,16 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Mapping[str, Any]:
         raise FailedPreconditionError(
             "trace", "Parquet files need pyarrow: pip install 'loraserve[sim]'"
         ) from None
+    with named("trace", path):
+        path.open("rb").close()  # says what is wrong in the system's words, not in pyarrow's
     try:
         table = pq.read_table(path, columns=list(columns))
         missing = [c for c in columns if c not in table.column_names]
         if missing:
-            raise InvalidArgumentError("trace", f"{path}: no column {missing[0]!r}")
+            raise wrong("trace", path, f"no column {missing[0]!r}")
         return {c: table.column(c).to_numpy(zero_copy_only=False) for c in columns}
     except (OSError, pa.ArrowException) as error:
-        raise InvalidArgumentError("trace", f"{path}: {error}") from None
+        raise wrong("trace", path, error) from None
 
 
 def read_rates(path: Path = RATES) -> ClientRates:
@@ -67,15 +70,15 @@ def read_rates(path: Path = RATES) -> ClientRates:
     raw = read_parquet(path, _RATE_COLUMNS)
     rate, shape = (raw[name].astype(float) for name in ("rate_rps", "arg1"))
     for name, values in (("rate_rps", rate), ("arg1", np.where(rate > 0, shape, 1.0))):
-        wrong = ~np.isfinite(values) | (values < 0)
-        if wrong.any():
+        unfit = ~np.isfinite(values) | (values < 0)
+        if unfit.any():
             raise MalformedTraceError(
-                path, int(np.argmax(wrong)) + 1, 1 + _RATE_COLUMNS.index(name), f"{name} is wrong"
+                path, int(np.argmax(unfit)) + 1, 1 + _RATE_COLUMNS.index(name), f"{name} is wrong"
             )
     model = raw["model"].astype(str)
     used = np.flatnonzero((rate > 0) & (shape > 0) & np.isin(model, MODELS))
     if not len(used):
-        raise InvalidArgumentError("trace", f"{path}: no traffic of {', '.join(MODELS)}")
+        raise wrong("trace", path, f"no traffic of {', '.join(MODELS)}")
     rate, shape, model = rate[used], shape[used], model[used]
     weibull = raw["pattern"][used].astype(str) == "Weibull"
     keys = list(zip(model.tolist(), raw["client"][used].astype(int).tolist(), strict=True))
@@ -127,7 +130,7 @@ def servegen(
     rng = np.random.default_rng(seed)
     rates, lengths = read_rates(rates_path), read_lengths(lengths_path)
     if not lengths:
-        raise InvalidArgumentError("trace", f"{lengths_path}: no lengths")
+        raise wrong("trace", lengths_path, "no lengths")
     count = adapters or len(rates.clients)
     busiest = np.sort(np.argsort(-rates.share.sum(axis=1), kind="stable")[:count])
     share = rates.share[busiest] / rates.share[busiest].sum() * len(rates.starts_s)

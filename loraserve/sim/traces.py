@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +13,7 @@ from typing import IO
 import numpy as np
 
 from loraserve.errors import InvalidArgumentError
+from loraserve.named_files import whole, wrong
 from loraserve.sim.workload import Floats, Ints
 
 _DATA = Path(__file__).parent / "data"
@@ -24,7 +26,7 @@ class MalformedTraceError(InvalidArgumentError):
     """A trace file cannot be read; says file, line and column (of the line, from 1)."""
 
     def __init__(self, path: Path, line: int, column: int, why: str) -> None:
-        super().__init__("trace", f"{path}, line {line}, column {column}: {why}")
+        super().__init__("trace", f"{whole(path)}, line {line}, column {column}: {why}")
         self.path, self.line, self.column = path, line, column
 
 
@@ -45,7 +47,7 @@ def read_trace(path: Path) -> Trace:
         return read_azure(path)
     if name.endswith(".jsonl"):
         return read_mooncake(path)
-    raise InvalidArgumentError("trace", f"{path}: the name ends in none of .csv, .jsonl, .parquet")
+    raise wrong("trace", path, "the name ends in none of .csv, .jsonl, .parquet")
 
 
 def read_azure(path: Path) -> Trace:
@@ -66,7 +68,7 @@ def _open(path: Path) -> IO[str]:
             return gzip.open(path, "rt", encoding="utf-8", newline="")
         return path.open(encoding="utf-8", newline="")
     except OSError as error:
-        raise InvalidArgumentError("trace", f"{path}: {error.strerror or error}") from None
+        raise wrong("trace", path, error) from None
 
 
 _Row = tuple[float, int, int]
@@ -148,10 +150,10 @@ def _trace(path: Path, rows: Iterator[_Row]) -> Trace:
     """Requests without a token of prompt or output have one."""
     try:
         found = list(rows)
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, OSError) as error:
-        raise InvalidArgumentError("trace", f"{path}: {error}") from None
+    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
+        raise wrong("trace", path, error) from None
     if not found:
-        raise InvalidArgumentError("trace", f"{path}: no requests")
+        raise wrong("trace", path, "no requests")
     table = np.array(found, dtype=float)
     table = table[np.argsort(table[:, 0], kind="stable")]
     lengths = np.maximum(table[:, 1:].astype(np.int64), 1)

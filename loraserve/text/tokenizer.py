@@ -22,6 +22,7 @@ _NAMED = (
     *("pad_token", "cls_token", "mask_token"),
 )
 _CONFIG = "tokenizer_config.json"
+TOKENIZER_NAME = "tokenizer.json"
 _LONG_CHARACTERS = 4096
 
 

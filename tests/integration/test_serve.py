@@ -169,31 +169,32 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "wrong"),
     [
-        ([], "model: exactly one of"),
-        (["--demo", "--model", "x"], "model: exactly one of"),
-        (["--model", "/absent"], "model: /absent is no directory"),
-        (["--demo", "--nodes", "0"], "nodes: 0 is not within"),
-        (["--demo", "--adapter", "Bad=x"], "adapter: 'Bad' is not a name"),
-        (["--demo", "--host", "0.0.0.0"], "keys: listening on 0.0.0.0"),
+        ([], "--model: exactly one of"),
+        (["--demo", "--model", "x"], "--model: exactly one of"),
+        (["--model", "/absent"], "--model: /absent: is no directory"),
+        (["--demo", "--nodes", "0"], "--nodes: 0 is not within"),
+        (["--demo", "--adapter", "Bad=x"], "--adapter: 'Bad' is not a name"),
+        (["--demo", "--host", "0.0.0.0"], "--keys: listening on 0.0.0.0"),
         (["--demo", "--api-key", "short"], "key: needs 8"),
         (["--demo", "--port", "99999"], "listen: '127.0.0.1:99999' is not host:port"),
-        (["--demo", "--adapter-root", "/absent"], "adapter-root: /absent is no directory"),
+        (["--demo", "--adapter-root", "/absent"], "--adapter-root: /absent: is no directory"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(words: list[str], wrong: str) -> None:
     done = run(*words)
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("loraserve: ")]
-    assert lines[-1].startswith(f"loraserve: {wrong}"), done.stderr
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"loraserve serve: error: {wrong}"), done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_model_that_cannot_be_read_ends_it_with_the_nodes_words(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(MODEL_DIRECTORY / name, tmp_path)
     done = run("--model", str(tmp_path), "--port", "0")
     assert done.returncode == 1
-    assert "node-1: ended with code 2 while it started" in done.stderr
-    assert "model_type" in done.stderr or "config.json" in done.stderr
+    assert f"loraserve-node: error: --model: {tmp_path}: model.safetensors" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == "loraserve serve: error: node-1: ended with code 2 while it started"
 
 
 def test_it_can_be_stopped_while_it_starts() -> None:

@@ -253,6 +253,14 @@ def test_the_life_of_an_adapter(
     pinned = client.generate(prompt("life"), GREEDY, adapter="mine", revision=shown["revision"])
     assert pinned.revision == shown["revision"]
 
+    # Whoever comes after a command that waited gets what it brought.
+    for name, answer in (("upper", "LIFE"), ("reverse", "efil"), ("upper", "LIFE")):
+        back = ("adapter", "add", "mine", str(adapter_directory(name)), "--replace")
+        assert command(cluster, *back, "--wait", "60") == 0
+        with Client(cluster[0].address) as fresh:
+            assert fresh.generate(prompt("life"), GREEDY, adapter="mine").text == answer
+    capsys.readouterr()
+
     assert command(cluster, "adapter", "list", "--json") == 0
     names = [entry["name"] for entry in json.loads(capsys.readouterr().out)]
     assert names == sorted([*(skill.name for skill in SKILLS), "mine"])

@@ -60,12 +60,15 @@ def test_a_second_one_takes_nothing_from_the_first(tmp_path: Path) -> None:
     left.write_bytes(b"x")
     os.utime(left, (0, 0))
     for arguments, told in (
-        (("--listen", "127.0.0.1:0", *shared), "data-dir: "),
-        (("--listen", address, "--data-dir", tmp_path / "2", "--port-file", port_file), "listen: "),
+        (("--listen", "127.0.0.1:0", *shared), "--data-dir: "),
+        (
+            ("--listen", address, "--data-dir", tmp_path / "2", "--port-file", port_file),
+            "--listen: ",
+        ),
     ):
         code, errors = finish(start(MODULE, *arguments))
         assert code == 2
-        assert errors.splitlines()[-1].startswith(f"loraserve-controller: {told}")
+        assert errors.splitlines()[-1].startswith(f"loraserve-controller: error: {told}")
     assert port_file.read_text().strip() == address
     assert upload.exists()
     assert left.exists()
@@ -100,7 +103,7 @@ def test_what_keeps_it_from_starting_is_one_line_and_code_2(
             ((*free, "--data-dir", file), "data-dir: "),
             (("--listen", "0.0.0.0:0", *data), "keys: listening on 0.0.0.0:0"),
             (("--listen", "nonsense", *data), "listen: 'nonsense' is not host:port"),
-            ((*free, *data, "--keys", file), "keys file:1"),
+            ((*free, *data, "--keys", file), f"keys: {file}: line 1: "),
             ((*free, *data, "--keys", tmp_path / "none"), "keys: "),
             ((*free, *data, "--tls-cert", file), "tls: "),
             ((*free, *data, "--tls-cert", file, "--tls-key", file), "tls-cert: "),
@@ -113,7 +116,7 @@ def test_what_keeps_it_from_starting_is_one_line_and_code_2(
             ((*free, *data, "--replicas", 0), "--replicas"),
             ((*free, *data, "--heartbeat-period", "nan"), "--heartbeat-period"),
             ((*free, *data, "--placement-interval", "nan"), "--placement-interval"),
-            ((*free, *data, "--profile", "nonsense"), "profile: 'nonsense' is no file and none of"),
+            ((*free, *data, "--profile", "nonsense"), "--profile: 'nonsense' is no file ("),
             ((*free, *data, "--profile", file), "profile: "),
             ((*free, *data, "--profile", slow), "profile: 'a100-llama-3-8b-padded' cannot meet"),
             ((*free, *data, "--profile-base", "b"), "--profile-base goes with --profile"),
@@ -128,6 +131,6 @@ def test_what_keeps_it_from_starting_is_one_line_and_code_2(
                 code = stopped.code
             errors = capfd.readouterr().err
             assert code == 2, (arguments, errors)
-            assert errors.startswith("loraserve-controller: "), errors
+            assert errors.startswith("loraserve-controller: error: "), errors
             assert told in errors, (arguments, errors)
             assert len(errors.splitlines()) == 1, errors

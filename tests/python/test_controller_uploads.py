@@ -49,7 +49,7 @@ def test_bad_uploads_are_refused_and_leave_nothing(
         error = await refused(site.create(fields.pop("name", "sql"), data, **fields))
         assert type(error) is kind
         assert error.field == field
-        files = [p for p in (tmp_path / "data" / "adapters").rglob("*") if p.is_file()]
+        files = list((tmp_path / "data" / "adapters").rglob("*.lora*"))
         assert len(files) == 1
         assert list((tmp_path / "data" / "staging").iterdir()) == []
 
@@ -72,7 +72,7 @@ def test_a_full_disk_is_told_as_that(tmp_path: Path) -> None:
 
 def test_names_of_one_revision_share_its_bytes(tmp_path: Path) -> None:
     def blobs() -> list[str]:
-        return [p.name for p in (tmp_path / "data" / "adapters").rglob("*") if p.is_file()]
+        return [p.name for p in (tmp_path / "data" / "adapters").rglob("*.lora*")]
 
     async def script(site: Site) -> None:
         one = await site.create("one", PACKED)

@@ -12,7 +12,7 @@ from node_calls import run
 from loraserve.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
 from loraserve.gateway.access import ACCESS, Gate
 from loraserve.gateway.adapters import AdapterRoots
-from loraserve.security import Role, create_key
+from loraserve.security import Role, TlsFiles, create_key
 
 # Said twice on purpose, here and in ACCESS: a slip in one of them is found by the other.
 WHO = {
@@ -109,11 +109,17 @@ def test_clients_are_kept_for_so_many_keys(tmp_path: Path) -> None:
     run(test)
 
 
-def test_other_machines_are_served_with_keys_only(tmp_path: Path) -> None:
+def test_other_machines_are_served_with_keys_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(InvalidArgumentError, match="needs a key file"):
         Gate("0.0.0.0:8000", None)
     create_key(tmp_path / "keys", "ann", "acme", Role.USER)
     Gate("0.0.0.0:8000", tmp_path / "keys")
+    assert caplog.messages == ["0.0.0.0:8000 is not encrypted: keys can be read on the way"]
+    caplog.clear()
+    Gate("0.0.0.0:8000", tmp_path / "keys", TlsFiles(Path("cert"), Path("key")))
+    assert caplog.messages == []
 
 
 def test_paths_of_adapters_stay_under_the_roots(tmp_path: Path) -> None:

@@ -70,11 +70,11 @@ def test_a_daemon_that_cannot_start_says_so_in_its_format(tmp_path: Path) -> Non
     options = ("--data-dir", str(tmp_path), "--listen", "127.0.0.1:0")
     refused = ("--keys", str(tmp_path / "none"))
     text = daemon(*options, *refused)
-    assert text.stderr.startswith("loraserve-controller: keys")
+    assert text.stderr.startswith("loraserve-controller: error: --keys: /")
     told = daemon(*options, *refused, "--log-format", "json")
     (line,) = [json.loads(line) for line in told.stderr.splitlines()]
     assert (line["level"], line["service"]) == ("error", "loraserve-controller")
-    assert text.stderr.strip() == f"loraserve-controller: {line['message']}"
+    assert text.stderr.strip() == f"loraserve-controller: error: {line['message']}"
     assert text.returncode == told.returncode == 2
     wrong = daemon(*options, "--log-format", "xml")
     assert wrong.returncode == 2

@@ -162,7 +162,7 @@ def test_a_frozen_node_is_found_out_and_a_second_one_takes_nothing_from_it(
         second = start(MODULE, *MODEL, "--listen", address, "--port-file", port_file)
         code, errors = await asyncio.to_thread(finish, second)
         assert code == 2
-        assert errors.splitlines()[-1].startswith("loraserve-node: listen: cannot bind")
+        assert errors.splitlines()[-1].startswith("loraserve-node: error: --listen: cannot bind")
         assert port_file.read_text().strip() == address
 
         async with dial(address) as channel:
@@ -232,7 +232,7 @@ def test_what_keeps_a_node_from_starting_is_one_line_and_code_2(
     (tmp_path / "file").write_text("x")
     empty = tmp_path / "empty"
     empty.mkdir()
-    upper = adapter_directory("upper")
+    upper, large = adapter_directory("upper"), adapter_directory("reverse")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         cases: list[tuple[tuple[object, ...], str]] = [
@@ -244,7 +244,7 @@ def test_what_keeps_a_node_from_starting_is_one_line_and_code_2(
             ((*MODEL, "--listen", "nonsense"), "listen: 'nonsense' is not host:port"),
             ((*MODEL, "--listen", "0.0.0.0:0"), "keys: listening on 0.0.0.0:0"),
             ((*MODEL, "--listen", "[::]:0"), "keys: listening on [::]:0"),
-            ((*MODEL, *FREE, "--keys", tmp_path / "file"), "keys file:1"),
+            ((*MODEL, *FREE, "--keys", tmp_path / "file"), f"keys: {tmp_path / 'file'}: line 1: "),
             ((*MODEL, *FREE, "--keys", tmp_path / "none"), "keys: "),
             ((*MODEL, *FREE, "--tls-cert", tmp_path / "file"), "tls: "),
             (
@@ -262,10 +262,14 @@ def test_what_keeps_a_node_from_starting_is_one_line_and_code_2(
             ((*MODEL, *FREE, "--adapter", f"u={empty}"), "adapter u: "),
             ((*MODEL, *FREE, "--adapter", f"u={upper}", "--adapter", f"u={upper}"), "--adapter"),
             (
-                (*MODEL, *FREE, "--adapter", f"u={upper}", "--host-pool-bytes", 100),
+                (*MODEL, *FREE, "--adapter", f"u={large}", "--host-pool-bytes", 1 << 20),
                 "adapter u: host_pool_bytes: ",
             ),
-            ((*MODEL, *FREE, "--host-pool-bytes", 0), "--host-pool-bytes: at least 1"),
+            (
+                (*MODEL, *FREE, "--host-pool-bytes", (1 << 20) - 1),
+                "--host-pool-bytes: 1048575 is under the least of use, 1048576 (1 MiB)",
+            ),
+            ((*MODEL, *FREE, "--host-pool-bytes", 0), "--host-pool-bytes: 0 is under the least"),
             ((*MODEL, *FREE, "--host-pool-bytes", 1 << 50), "host-pool-bytes: 1125899906842624"),
             ((*MODEL, *FREE, "--disk-cache", upper / "adapter_config.json"), "disk-cache: "),
             ((*MODEL, *FREE, "--min-fetch-bandwidth", 0), "--min-fetch-bandwidth: at least 1"),
@@ -296,6 +300,6 @@ def test_what_keeps_a_node_from_starting_is_one_line_and_code_2(
                 code = stopped.code
             errors = capfd.readouterr().err
             assert code == 2, (arguments, errors)
-            assert errors.startswith("loraserve-node: "), errors
+            assert errors.startswith("loraserve-node: error: "), errors
             assert told in errors, (arguments, errors)
             assert len(errors.splitlines()) == 1, errors

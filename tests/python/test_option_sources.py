@@ -131,11 +131,11 @@ def test_files_that_cannot_be_read(tmp_path: Path, text: str, wrong: str | None)
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("nodes: many", "nodes: 'many': invalid literal"),
-        ("nodes: [[1]]", "config: [[1]] is no option's value"),
-        ("adapter: [sql]", "adapter: 'sql': 'sql' is not NAME=DIR"),
-        ("log-level: loud", "log-level: 'loud' is none of debug"),
-        ("demo: maybe", "demo: 'maybe' is not yes or no"),
+        ("nodes: many", "--nodes: 'many': invalid literal"),
+        ("nodes: [[1]]", "--config: [[1]] is no option's value"),
+        ("adapter: [sql]", "--adapter: 'sql': 'sql' is not NAME=DIR"),
+        ("log-level: loud", "--log-level: 'loud' is none of debug"),
+        ("demo: maybe", "--demo: 'maybe' is not yes or no"),
     ],
 )
 def test_values_that_cannot_be(
@@ -143,9 +143,11 @@ def test_values_that_cannot_be(
 ) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    assert cli.main(["serve", "--config", str(path)]) == 1
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve", "--config", str(path)])
+    assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"loraserve: {wrong}")
+    assert error.startswith(f"loraserve serve: error: {wrong}")
     assert error.count("\n") == 1
 
 

@@ -147,19 +147,20 @@ def test_a_sweep_of_the_engine_gives_a_profile_that_the_simulator_reads(tmp_path
 @pytest.mark.parametrize(
     ("words", "field"),
     [
-        (["--model", "/nowhere", "-o", "OUT"], "config.json: not found in 'nowhere'"),
-        (["--model", "MODEL", "-o", "OUT", "--repeats", "1"], "repeats"),
-        (["--model", "MODEL", "-o", "/nowhere/p.json"], "o"),
-        (["--model", "MODEL", "-o", "OUT", "--device", "abacus"], "device"),
-        (["--model", "MODEL", "-o", "OUT", "--memory-bytes", "1000000"], "memory_bytes"),
+        (["--model", "/nowhere", "-o", "OUT"], "--model: /nowhere: config.json: not found"),
+        (["--model", "MODEL", "-o", "OUT", "--repeats", "1"], "--repeats: "),
+        (["--model", "MODEL", "-o", "/nowhere/p.json"], "-o: /nowhere: "),
+        (["--model", "MODEL", "-o", "OUT", "--device", "abacus"], "--device: "),
+        (["--model", "MODEL", "-o", "OUT", "--memory-bytes", "1000000"], "--memory-bytes: "),
     ],
 )
 def test_what_cannot_be_profiled_is_refused(
     words: list[str], field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = {"OUT": str(tmp_path / "p.json"), "MODEL": str(MODEL_DIRECTORY)}
-    assert main(["bench", "profile", *(known.get(word, word) for word in words)]) == 1
-    assert f"loraserve: {field}" in capsys.readouterr().err
+    code = main(["bench", "profile", *(known.get(word, word) for word in words)])
+    assert code == (1 if "--memory-bytes" in words else 2)
+    assert f"loraserve bench profile: error: {field}" in capsys.readouterr().err
     assert not (tmp_path / "p.json").exists()
 
 
@@ -170,4 +171,4 @@ def test_without_scipy_nothing_is_measured(
     monkeypatch.setattr(profile_engine, "Sweep", lambda *_: pytest.fail("it measures"))
     words = ["--model", str(MODEL_DIRECTORY), "-o", str(tmp_path / "p.json")]
     assert main(["bench", "profile", *words]) == 1
-    assert "loraserve: scipy: fitting needs it" in capsys.readouterr().err
+    assert "error: scipy: fitting needs it" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_without_matplotlib_nothing_is_run_or_written(
     monkeypatch.setattr(claims, "_run_all", lambda *_: pytest.fail("it ran"))
     monkeypatch.chdir(tmp_path)
     assert main(["simulate", "claims", "--quick"]) == 1
-    assert "loraserve: plots: they need matplotlib" in capsys.readouterr().err
+    assert "error: plots: they need matplotlib" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ import pytest
 from loraserve.cli import main
 from loraserve.controller.events import Residency
 from loraserve.controller.state import Settings
-from loraserve.errors import InvalidArgumentError, NotFoundError
+from loraserve.errors import InvalidArgumentError
 from loraserve.placement.cost_model import Slo
 from loraserve.placement.policies import DEFAULT_POLICY, POLICIES, policy_named
 from loraserve.placement.types import Placement, PlacementProblem
@@ -232,7 +232,7 @@ def test_profiles_are_checked(tmp_path: Any, change: Any, why: str) -> None:
     path.write_text("{")
     with pytest.raises(InvalidArgumentError, match="JSON"):
         load_profile(str(path))
-    with pytest.raises(NotFoundError, match="a100"):
+    with pytest.raises(InvalidArgumentError, match="a100"):
         load_profile("nonsense")
 
 
@@ -268,9 +268,9 @@ def test_the_command_replays_a_file(tmp_path: Any, capsys: pytest.CaptureFixture
     assert main(["simulate", "--trace", str(path), "--nodes", "2", "--fail", "2:0:1"]) == 0
     assert "slo_attainment" in capsys.readouterr().out
     path.write_text("{}\n")
-    assert main(["simulate", "--trace", str(path)]) == 1
+    assert main(["simulate", "--trace", str(path)]) == 2
     assert f"{path}, line 1, column 1: timestamp is missing" in capsys.readouterr().err
-    assert main(["simulate", "--policy", "nonsense"]) == 1
+    assert main(["simulate", "--policy", "nonsense"]) == 2
     assert "rank_aware" in capsys.readouterr().err
 
 

@@ -26,7 +26,8 @@ def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--peer-key",
         type=Path,
-        help="file with the key (role node) for other nodes (default: --controller-key)",
+        metavar="FILE",
+        help="with the key (role node) for other nodes (default: --controller-key)",
     )
 
 

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from loraserve.node.pool.options import PoolOptions
+from loraserve.errors import InvalidArgumentError
+from loraserve.node.pool.options import LEAST_HOST_POOL_BYTES, PoolOptions
 
 
 def add_pool_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,11 +14,18 @@ def add_pool_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--host-pool-bytes",
         type=int,
-        help="memory for packed adapters, taken at start "
+        metavar="BYTES",
+        help=f"memory for packed adapters, taken at start, at least {LEAST_HOST_POOL_BYTES} "
         "(default: a quarter of what is free, up to 4 GiB, taken as it is used)",
     )
     add("--disk-cache", type=Path, metavar="DIR", help="keep fetched adapters in this directory")
-    add("--disk-cache-bytes", type=int, default=defaults.disk_cache_bytes, help="of files there")
+    add(
+        "--disk-cache-bytes",
+        type=int,
+        default=defaults.disk_cache_bytes,
+        metavar="BYTES",
+        help="of files there",
+    )
     add(
         "--verify",
         default=defaults.verify,
@@ -36,8 +44,6 @@ def add_pool_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_pool_arguments(arguments: argparse.Namespace, error: Callable[[str], None]) -> None:
     """Ranges that argparse does not know."""
-    if arguments.host_pool_bytes is not None and arguments.host_pool_bytes < 1:
-        error("--host-pool-bytes: at least 1")
     if arguments.disk_cache_bytes < 1:
         error("--disk-cache-bytes: at least 1")
     if not 1 <= arguments.min_fetch_bandwidth < float("inf"):
@@ -45,6 +51,14 @@ def check_pool_arguments(arguments: argparse.Namespace, error: Callable[[str], N
 
 
 def pool_options(arguments: argparse.Namespace) -> PoolOptions:
+    """Raises InvalidArgumentError."""
+    size = arguments.host_pool_bytes
+    if size is not None and size < LEAST_HOST_POOL_BYTES:
+        raise InvalidArgumentError(
+            "host-pool-bytes",
+            f"{size} is under the least of use, {LEAST_HOST_POOL_BYTES} "
+            f"({LEAST_HOST_POOL_BYTES >> 20} MiB): one adapter must fit in it",
+        )
     return PoolOptions(
         host_pool_bytes=arguments.host_pool_bytes,
         disk_cache=arguments.disk_cache,

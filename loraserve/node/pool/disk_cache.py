@@ -30,6 +30,7 @@ from loraserve.errors import (
     NotFoundError,
     UnavailableError,
 )
+from loraserve.named_files import wrong
 from loraserve.node.blocking import BlockingCalls
 from loraserve.node.load_info import AdapterLoadInfo
 from loraserve.node.pool.checked_writer import CheckedWriter
@@ -83,8 +84,10 @@ class DiskCache:
             self._scan()
         except OSError as error:
             self.close()
-            why = "another node uses it" if isinstance(error, BlockingIOError) else error.strerror
-            raise InvalidArgumentError("disk-cache", f"{directory}: {why}") from None
+            busy = isinstance(error, BlockingIOError)
+            raise wrong(
+                "disk-cache", directory, "another node uses it" if busy else error
+            ) from None
 
     def _scan(self) -> None:
         found = []

@@ -11,6 +11,8 @@ from loraserve.node.pool.arena import HostArena
 
 _log = logging.getLogger(__name__)
 
+# Under it hardly any adapter of any model fits.
+LEAST_HOST_POOL_BYTES = 1 << 20
 _MOST_DEFAULT_BYTES = 4 << 30
 _LEAST_DEFAULT_BYTES = 64 << 20
 # Of a pool that nobody asked for; the rest is faulted in when it is first used.
