@@ -30,6 +30,8 @@ from loraserve.wire_errors import from_rpc_error
 PACKED = b"PACKED base 8 one"
 BIGGER = b"PACKED base 64 " + b"x" * (3 << 20)
 TICK_S = 0.02
+# Nothing waits so long but what hangs.
+PATIENCE_S = 60.0
 DEVICE = common_pb2.RESIDENCY_STATE_DEVICE
 
 
@@ -93,12 +95,13 @@ class Site:
 
     async def served(self, name: str, by: Iterable[str], who: str = "acme") -> Any:
         """The adapter, once exactly these nodes hold it."""
-        for _ in range(500):
+        end = asyncio.get_running_loop().time() + PATIENCE_S
+        while True:
             adapter = await self.get(name, who)
             if sorted(h.node_id for h in adapter.holders) == sorted(by):
                 return adapter
+            assert asyncio.get_running_loop().time() < end, f"{name}: {adapter}"
             await asyncio.sleep(TICK_S / 2)
-        raise AssertionError(f"{name}: {adapter}")
 
     async def watch(self, who: str, **fields: Any) -> AsyncIterator[Any]:
         request = controller_pb2.WatchRoutesRequest(**fields)
@@ -137,7 +140,8 @@ async def controller(
         "listen": "127.0.0.1:0",
         "data_dir": directory / "data",
         "keys": path if keys else None,
-        "settings": Settings(tick_seconds=TICK_S, silent_ticks=5),
+        # Ten seconds: no node is taken for lost because its machine stood still.
+        "settings": Settings(tick_seconds=TICK_S, silent_ticks=500),
         "new_check": FakeCheck,
     }
     server = ControllerServer(ControllerOptions(**(chosen | options)))
@@ -163,7 +167,7 @@ async def read(site: Site, revision: str, offset: int = 0) -> bytes:
 def play(tmp_path: Path, script: Callable[[Site], Awaitable[None]], **options: Any) -> None:
     async def run() -> None:
         async with controller(tmp_path, **options) as site:
-            await asyncio.wait_for(script(site), 20)
+            await asyncio.wait_for(script(site), 2 * PATIENCE_S)
 
     asyncio.run(run())
 

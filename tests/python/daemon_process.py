@@ -13,7 +13,7 @@ def start(module: str, *arguments: object) -> subprocess.Popen[str]:
 
 def address_in(port_file: Path, process: subprocess.Popen[str]) -> str:
     """Waits for the file."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not port_file.exists():
         if process.poll() is not None or time.monotonic() > end:
             raise AssertionError(finish(process)[1])
@@ -21,7 +21,7 @@ def address_in(port_file: Path, process: subprocess.Popen[str]) -> str:
     return port_file.read_text().strip()
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 20) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str]:
     """Its exit code and what it wrote; it is killed where it does not end by itself."""
     try:
         _, errors = process.communicate(timeout=timeout_s)

@@ -41,7 +41,7 @@ async def _once(channel: grpc.aio.Channel, path: str, metadata: Any) -> tuple[st
     streaming = RPCS[path].client_streaming if path in RPCS else False
     kind = channel.stream_stream if streaming else channel.unary_stream
     rpc: Any = kind(path, request_serializer=lambda m: m, response_deserializer=lambda m: m)
-    running = rpc(iter([b""]) if streaming else b"", metadata=metadata, timeout=5)
+    running = rpc(iter([b""]) if streaming else b"", metadata=metadata, timeout=60)
     try:
         async for _ in running:
             running.cancel()

@@ -69,6 +69,9 @@ class FakeStream:
         try:
             for index in range(params.max_tokens):
                 await asyncio.sleep(self.engine.step_s)
+                await self.engine.may_step.wait()
+                while index == self.engine.stops_at and not self.aborted:
+                    await asyncio.sleep(0.005)
                 if self.aborted:
                     yield FakeChunk(index, finish_reason="cancelled")
                     return
@@ -157,6 +160,11 @@ class FakeEngine:
         self.calls: list[dict[str, Any]] = []
         self.loaded: dict[str, Any] = {}
         self.in_pages: set[str] = set()
+        # Cleared: steps stand still in their middle, where no abort ends them.
+        self.may_step = asyncio.Event()
+        self.may_step.set()
+        # Streams stand still before their token of this index, until they are aborted.
+        self.stops_at: int | None = None
         self.unloaded: list[str] = []
         # Cleared: loads block in their thread.
         self.may_load = threading.Event()

@@ -85,7 +85,7 @@ class Connection:
             answer.body = await self.reader.readexactly(int(answer.headers["content-length"]))
         return answer
 
-    async def gone(self, timeout_s: float = 10.0) -> bytes:
+    async def gone(self, timeout_s: float = 60.0) -> bytes:
         """What still comes until the server closes the connection."""
         data = b""
         try:
@@ -123,7 +123,7 @@ async def ask(
     chosen = method or ("GET" if body is None else "POST")
     async with connected(address) as connection:
         await connection.request(chosen, path, body, headers)
-        return await asyncio.wait_for(connection.answer(chosen), 15)
+        return await asyncio.wait_for(connection.answer(chosen), 60)
 
 
 @contextlib.asynccontextmanager

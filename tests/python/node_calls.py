@@ -29,7 +29,7 @@ def request(request_id: str = "r", **fields: Any) -> GenerateRequest:
 
 def generate(channel: grpc.aio.Channel, *args: Any, **fields: Any) -> Any:
     """The running call; `timeout` of the RPC is `rpc_timeout`."""
-    metadata, timeout = fields.pop("metadata", ()), fields.pop("rpc_timeout", 10)
+    metadata, timeout = fields.pop("metadata", ()), fields.pop("rpc_timeout", 60)
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     return stub.Generate(request(*args, **fields), metadata=metadata, timeout=timeout)
 

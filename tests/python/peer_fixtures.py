@@ -147,7 +147,7 @@ class Reader:
     """A node that reads BLOB from peers. `pool` has room for it three times."""
 
     def __init__(
-        self, transfer: FakeTransfer | None = None, deadline_s: float = 10.0, **channels: Any
+        self, transfer: FakeTransfer | None = None, deadline_s: float = 60.0, **channels: Any
     ) -> None:
         self.pool = HostPool(HostArena(3 * len(BLOB) + (1 << 20), prefault_bytes=0), Clock())
         self.reads: list[tuple[str, int]] = []

@@ -53,7 +53,7 @@ async def ask(channel: grpc.aio.Channel, skill: str, metadata: Any = None) -> st
         adapter={"name": skill},
         sampling={"max_tokens": 24, "temperature": 0.0, "stop": ["\n"]},
         metadata=metadata or (),
-        rpc_timeout=30,
+        rpc_timeout=60,
     )
     return "".join(message.text for message in out)
 
@@ -66,5 +66,5 @@ def reads(server: NodeServer, source: str, outcome: str) -> float:
     return counter(server, "loraserve_adapter_reads_total", source=source, outcome=outcome)
 
 
-def run(test: Any, limit_s: float = 60) -> None:
+def run(test: Any, limit_s: float = 180) -> None:
     asyncio.run(asyncio.wait_for(test(), limit_s))

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc.aio
@@ -31,7 +31,7 @@ ANSWER = [len(PROMPT) + index for index in range(TOKENS)]
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 20))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 120))  # type: ignore[arg-type]
 
 
 def start(**fields: Any) -> GenerateStart:
@@ -112,6 +112,7 @@ class Client:
     site: Site
     count: int = 0
     log: AnswerLog | None = None
+    logs: list[AnswerLog] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -123,6 +124,7 @@ class Client:
         timeout_s = fields.pop("timeout_s", None)
         params = params or SamplingParams(max_tokens=TOKENS)
         self.log = log = AnswerLog(f"r{self.count}", PROMPT, params, **fields)
+        self.logs.append(log)
         route = RouteRequest(fields.get("base", ""), fields.get("adapter"), fields.get("revision"))
         return RequestRun(self.site, log, route, timeout_s)
 

@@ -23,7 +23,7 @@ class Stream:
 
     def __init__(self, channel: grpc.aio.Channel, lanes: bool = False) -> None:
         self.names: dict[int, str] | None = {} if lanes else None
-        self.call: Any = inference_pb2_grpc.InferenceServiceStub(channel).StepStream(timeout=15)
+        self.call: Any = inference_pb2_grpc.InferenceServiceStub(channel).StepStream(timeout=60)
         self.messages: list[Any] = []
         self.outputs: dict[str, list[StepOutput]] = {}
 
