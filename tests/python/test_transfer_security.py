@@ -86,10 +86,17 @@ def test_it_does_nothing_while_nothing_is_asked() -> None:
         async with pair() as (holder, reader):
             packed = noise(100_000)
             await reader.read(await holder.lease(packed), len(packed))
-            before = [ticks(site.pid) for site in (holder, reader)]
-            await asyncio.sleep(2.0)
-            after = [ticks(site.pid) for site in (holder, reader)]
-            assert all(b - a <= 2 for a, b in zip(before, after, strict=True)), (before, after)
+            # Of several windows one is quiet, whatever was still to be done in the first; what
+            # polls has a hundred ticks in each.
+            seen = []
+            for _ in range(5):
+                before = [ticks(site.pid) for site in (holder, reader)]
+                await asyncio.sleep(1.0)
+                after = [ticks(site.pid) for site in (holder, reader)]
+                seen.append([a - b for b, a in zip(before, after, strict=True)])
+                if max(seen[-1]) <= 1:
+                    return
+            raise AssertionError(seen)
 
     run(test)
 

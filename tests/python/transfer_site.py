@@ -5,8 +5,10 @@ import contextlib
 import fcntl
 import mmap
 import os
+import signal
 import struct
 import sysconfig
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +114,38 @@ class Site:
         """Waits until a life after that of `pid` is there."""
         while self.sidecar.pid in (None, pid):
             await asyncio.sleep(0.01)
+
+
+async def stopped_halfway(
+    reader: Site, slot: node_pb2.RemoteSlot, packed: bytes
+) -> "asyncio.Task[None]":
+    """A read of the slot to offset 0 that stands still in the middle, its sidecar stopped: the
+    first bytes have come, and the last have not. Until then the sidecar goes on by moments; where
+    one was long enough for the whole read, another read begins, and moments are shorter."""
+    memory, pid, tail = reader.arena.memory, reader.pid, len(packed) - 64
+    moment_s, end = 0.001, time.monotonic() + PATIENCE_S
+    while True:
+        memory[:64], memory[tail : tail + 64] = bytes(64), bytes(64)
+        _stop(pid)
+        read = asyncio.create_task(reader.sidecar.read(slot, len(packed), 0, PATIENCE_S))
+        await asyncio.sleep(0)  # now the request is on its way
+        while not reader.holds(packed[:64]):
+            assert time.monotonic() < end, "no read begins"
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(moment_s)
+            _stop(pid)
+        if not reader.holds(packed[tail:], tail):
+            return read
+        os.kill(pid, signal.SIGCONT)
+        await read
+        moment_s /= 2
+
+
+def _stop(pid: int) -> None:
+    """Returns when the process stands still."""
+    os.kill(pid, signal.SIGSTOP)
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        pass
 
 
 @contextlib.asynccontextmanager
