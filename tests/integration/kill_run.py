@@ -21,8 +21,8 @@ ADAPTERS = ["upper", "reverse", "stars"]
 NODES = 3
 CONTROLLER_OPTIONS = ["--replicas", str(NODES)]
 # Only against hangs.
-ANSWER_S = 60.0
-BACK_S = 60.0
+ANSWER_S = 180.0
+BACK_S = 180.0
 # From a node's return to the next kill: some of the streams are on it again.
 SETTLE_S = 0.5
 

@@ -47,7 +47,7 @@ class ServedHttp:
 
 @contextlib.contextmanager
 def serving(
-    *options: str, code: int = 0, timeout_s: float = 120.0, cwd: Path | None = None
+    *options: str, code: int = 0, timeout_s: float = 300.0, cwd: Path | None = None
 ) -> Iterator[ServedHttp]:
     """A tree that is ready; it must end by itself, after a SIGTERM at the latest, with `code`."""
     command = [sys.executable, "-m", "loraserve.cli", "serve", "--port", "0", *options]
@@ -67,7 +67,7 @@ def serving(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        reader.join(10)
+        reader.join(60)
         assert process.stderr is not None
         process.stderr.close()
     assert process.returncode == code, served.text

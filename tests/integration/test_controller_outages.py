@@ -63,8 +63,16 @@ class Outages:
                 self.added[name] = made.revision
             await asyncio.sleep(0.05)
 
+    @property
+    def acknowledged(self) -> int:
+        return sum(revision is not None for revision in self.added.values())
+
     async def outage(self, seconds: float) -> None:
         assert self.cluster.controller is not None
+        begin = time.monotonic()
+        while self.acknowledged <= len(self.rebuilt) + 1:
+            assert time.monotonic() - begin < PATIENCE_S, "nothing is acknowledged"
+            await asyncio.sleep(0.01)
         await asyncio.sleep(self.draw.uniform(0.0, 0.5))
         self.up = False
         self.cluster.controller.process.kill()
@@ -132,4 +140,4 @@ def test_serving_goes_on_and_what_was_known_is_known_again(
         print(f"{found.answered_meanwhile} answers in outages, {len(found.added)} registrations")
         assert found.wrong == []
         assert len(found.rebuilt) == len(outages)
-        assert sum(r is not None for r in found.added.values()) > len(outages)
+        assert found.acknowledged > len(outages)

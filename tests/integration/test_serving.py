@@ -1,9 +1,11 @@
 """A client, a controller and two nodes: answers, errors and adapters, over real sockets."""
 
-import concurrent.futures
+import contextlib
+import itertools
 import json
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,8 @@ from loraserve.errors import (
 
 Site = tuple[Cluster, Client]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
-ONE = SamplingParams(max_tokens=1, temperature=0.0)
+# Nothing waits so long but what hangs.
+PATIENCE_S = 60.0
 NAMES: list[str | None] = [None, *(skill.name for skill in SKILLS)]
 
 
@@ -50,7 +53,7 @@ def test_answers_equal_those_of_the_embedded_engine(cluster: Site) -> None:
         )
         for i, word in enumerate(words)
     ]
-    with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+    with ThreadPoolExecutor(len(cases)) as pool:
         served = list(
             pool.map(lambda case: client.generate(case[0], case[2], adapter=case[1]), cases)
         )
@@ -130,19 +133,24 @@ def test_a_request_id_in_use_is_refused(cluster: Site) -> None:
     endless = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
     # On one node, so that both come to the same.
     node = next(iter(client.routes.nodes.values()))
-    refused = None
-    with Client(nodes=[node.address]) as direct:
-        # On a busy machine the first may have ended when the second comes, which may run then.
-        for attempt in range(50):
-            name = f"twice-{attempt}"
-            with direct.stream(prompt("word"), endless, request_id=name) as first:
-                next(first)
-                try:
-                    direct.generate(prompt("word"), ONE, request_id=name)
-                except AlreadyExistsError as error:
-                    refused = error
-                    break
-    assert refused is not None
+
+    def ask(name: str) -> AlreadyExistsError | None:
+        try:
+            assert len(direct.generate(prompt("word"), endless, request_id=name).token_ids) == 200
+        except AlreadyExistsError as error:
+            return error
+        return None
+
+    deadline = time.monotonic() + PATIENCE_S
+    with Client(nodes=[node.address]) as direct, ThreadPoolExecutor(2) as pool:
+        # Both at once: whichever comes first takes long. Where a thread of ours stands still, it
+        # may have ended when the other comes.
+        for attempt in itertools.count():
+            refusals = [error for error in pool.map(ask, [f"twice-{attempt}"] * 2) if error]
+            if refusals:
+                break
+            assert time.monotonic() < deadline, "nobody was refused"
+    (refused,) = refusals
     assert refused.field == "request_id"
     assert "twice" in refused.message
 
@@ -150,16 +158,17 @@ def test_a_request_id_in_use_is_refused(cluster: Site) -> None:
 def test_left_streams_give_back_what_they_held(cluster: Site) -> None:
     _, client = cluster
     endless = SamplingParams(max_tokens=240, temperature=0.0, ignore_eos=True)
-    # On a busy machine some have come to their last token when the node hears that they are left;
+    # Where we are slow some have come to their last token when the node hears that they are left;
     # those that have not are ended.
-    before, left = cancelled_requests(cluster), 0
+    before, deadline = cancelled_requests(cluster), time.monotonic() + 2 * PATIENCE_S
     while cancelled_requests(cluster) < before + 8:
-        with client.stream(prompt("word"), endless, adapter="sort") as stream:
-            next(stream)
-        left += 1
-        assert left < 1000, "streams that are left go on"
+        assert time.monotonic() < deadline, "streams that are left go on"
+        with contextlib.ExitStack() as leaving:
+            for _ in range(8):
+                stream = client.stream(prompt("word"), endless, adapter="sort")
+                next(leaving.enter_context(stream))
     assert client.generate(prompt("word"), GREEDY, adapter="sort").finish_reason == "stop"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while running_requests(cluster):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -188,7 +197,7 @@ def test_the_controller_adds_up_what_nodes_measure(cluster: Site) -> None:
     site, client = cluster
     client.generate(prompt("count"), GREEDY, adapter="upper")
     assert site.controller is not None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     seen: dict[str, float] = {}
     while not (seen.get("ttft", 0) > 0 and seen.get("tbt", 0) > 0):
         assert time.monotonic() < deadline
@@ -230,7 +239,7 @@ def test_the_life_of_an_adapter(
     assert main(["adapter", "inspect", str(packed), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["revision"] == revision
 
-    add = ("adapter", "add", "mine", str(packed), "--wait", "20")
+    add = ("adapter", "add", "mine", str(packed), "--wait", "120")
     assert command(cluster, *add) == 0
     assert revision in capsys.readouterr().out
     assert client.generate(prompt("life"), GREEDY, adapter="mine").text == "LIFE"
@@ -245,7 +254,7 @@ def test_the_life_of_an_adapter(
     shown = json.loads(capsys.readouterr().out)
     assert shown["revision"] != revision
     assert shown["max_rank"] == 128
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_S
     while (text := client.generate(prompt("life"), GREEDY, adapter="mine").text) != "efil":
         assert text == "LIFE"
         assert time.monotonic() < deadline
@@ -270,7 +279,7 @@ def test_the_life_of_an_adapter(
     assert command(cluster, "adapter", "remove", "mine") == 0
     with pytest.raises(NotFoundError):
         client.adapters.get("mine")
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_S
     while still_serves(client, "mine"):  # nodes drop their copies a moment later
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -302,7 +311,7 @@ def test_an_adapter_of_other_weights_serves_where_that_was_allowed(
     foreign = tmp_path / "foreign.lora"
     pack = ("adapter", "pack", str(adapter_directory("upper")), str(foreign))
     assert main([*pack, "--base-digest", "ab" * 32]) == 0
-    add = ("adapter", "add", "foreign", str(foreign), "--wait", "20")
+    add = ("adapter", "add", "foreign", str(foreign), "--wait", "120")
     assert command(cluster, *add) == 1
     assert "base: the adapter was made for weights abab" in capsys.readouterr().err
     assert command(cluster, *add, "--allow-base-mismatch") == 0
@@ -329,7 +338,7 @@ def test_a_removed_adapter_does_not_answer_for_the_next_of_its_name(
         client.generate(prompt("word"), GREEDY, adapter="mine")
     # The nodes drop what they have of the removed one, so that its name alone finds nothing either.
     addresses = [node.address for node in client.routes.nodes.values()]
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_S
     for address in addresses:
         with Client(nodes=[address], retry=RetryPolicy(max_attempts=1)) as direct:
             while still_serves(direct, "mine"):
