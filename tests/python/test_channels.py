@@ -112,7 +112,7 @@ def test_what_the_other_side_cancelled_is_not_the_end_of_this_task(sent: int) ->
 
 async def _never(_: GenerateRequest, context: Any) -> None:
     await context.write(token(0))
-    await asyncio.sleep(30)
+    await asyncio.Event().wait()
 
 
 def test_cancelling_the_task_cancels_the_call() -> None:

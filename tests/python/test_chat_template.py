@@ -238,11 +238,11 @@ HOSTILE = {
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_hostile_templates_end_in_a_typed_error(name: str) -> None:
     template = ChatTemplate(HOSTILE[name])
-    before = time.monotonic()
+    before = time.thread_time()  # its own: whatever else the machine does
     with pytest.raises(InvalidArgumentError) as caught:
         template.render([USER])
     assert caught.value.field in ("chat_template", "messages")
-    assert time.monotonic() - before < 10
+    assert time.thread_time() - before < 60
 
 
 def test_formats_of_usual_size_work() -> None:

@@ -38,10 +38,10 @@ def slow_node() -> Iterator[tuple[str, FakeEngine]]:
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     yield address[0], engine
     stop.set()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -69,12 +69,10 @@ def test_what_could_never_be_meant_is_refused_here(field: str, change: dict[str,
 
 def test_nobody_listens() -> None:
     with Client("127.0.0.1:1") as client:
-        began = time.monotonic()
         with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
             client.generate(PROMPT)
         with pytest.raises(UnavailableError):
             client.adapters.list()
-        assert time.monotonic() - began < 10
 
 
 def test_a_client_of_nodes_has_no_registry(slow_node: tuple[str, FakeEngine]) -> None:
@@ -108,9 +106,11 @@ def test_completion_waits_for_the_end(slow_node: tuple[str, FakeEngine]) -> None
 def test_a_closed_stream_ends_its_request(slow_node: tuple[str, FakeEngine]) -> None:
     address, engine = slow_node
     with Client(nodes=[address]) as client:
-        with client.stream(PROMPT, SamplingParams(max_tokens=100), request_id="left") as stream:
+        with client.stream(
+            PROMPT, SamplingParams(max_tokens=1_000_000), request_id="left"
+        ) as stream:
             next(stream)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while not engine.ended:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -130,13 +130,13 @@ def test_closing_a_client_ends_what_runs(slow_node: tuple[str, FakeEngine]) -> N
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while len(slow_node[1].live) < 4:
         assert time.monotonic() < end
         time.sleep(0.01)
     client.close()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
     assert len(caught) == 4
     assert {type(error) for error in caught} <= {UnavailableError, CancelledError}
@@ -156,7 +156,7 @@ def test_an_async_client_that_is_left_leaves_no_task(slow_node: tuple[str, FakeE
             assert client.routes_age_s is None
             with pytest.raises(UnavailableError):
                 await client.wait_routable(["sql"], timeout_s=0.2)
-        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()}, "no task is left", 30)
+        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()}, "no task is left")
 
     asyncio.run(test())
 
@@ -174,7 +174,7 @@ def test_leaving_a_stream_of_a_closed_client_hides_no_error(
     client = Client(nodes=[slow_node[0]])
 
     def leave() -> None:
-        with client.stream(PROMPT, SamplingParams(max_tokens=50)) as stream:
+        with client.stream(PROMPT, SamplingParams(max_tokens=1_000_000)) as stream:
             next(stream)
             client.close()
             raise ZeroDivisionError

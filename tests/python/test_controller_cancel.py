@@ -20,7 +20,7 @@ SLOW_S = 0.2
 def play(tmp_path: Path, script: Callable[[Site], Awaitable[None]]) -> None:
     async def run() -> None:
         async with controller(tmp_path) as site:
-            await asyncio.wait_for(script(site), 60)
+            await asyncio.wait_for(script(site), 120)
 
     asyncio.run(run())
 
@@ -64,7 +64,7 @@ def test_routes_are_told_though_the_node_that_changed_them_hung_up(
         node = FakeNode(site, "n1")
         begun.clear()
         await hang_up(asyncio.create_task(node.register()), begun)
-        await until(lambda: "n1" in seen, "the watcher has heard of the node", 30)
+        await until(lambda: "n1" in seen, "the watcher has heard of the node")
         watching.cancel()
 
     play(tmp_path, script)
@@ -91,7 +91,7 @@ def test_a_change_of_an_adapter_is_whole(
             staged = list((tmp_path / "data" / "staging").iterdir())
             return [r.history[0].max_rank for r in records] == wanted and not staged
 
-        await until(done, "the change is whole", 30)
+        await until(done, "the change is whole")
         listed = await site.adapters.ListAdapters(
             adapter_pb2.ListAdaptersRequest(), metadata=site.auth("acme")
         )

@@ -192,4 +192,4 @@ def test_load_commands_and_answers_about_names_carry_the_holders(tmp_path: Path)
                 named = {(p.node_id, p.address) for p in found.load.peers}
                 assert named == {("n1", "127.0.0.1:9002"), ("node2", "127.0.0.1:9005")}
 
-    play(tmp_path, script, settings=Settings(tick_seconds=TICK_S, silent_ticks=5, replicas=2))
+    play(tmp_path, script, settings=Settings(tick_seconds=TICK_S, silent_ticks=500, replicas=2))

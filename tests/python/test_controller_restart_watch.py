@@ -66,4 +66,4 @@ def test_a_watcher_of_the_life_before_waits_for_the_nodes(tmp_path: Path, comes_
             assert holders(message) == ["n1"]
             await node.kill()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 120))

@@ -217,7 +217,7 @@ def test_everything_comes_back_after_a_restart(tmp_path: Path) -> None:
             async with FakeNode(site, "n1"):
                 await site.served("sql", ["n1"])
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
 def test_health_and_metrics(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def new_writer() -> CheckedWriter:
 
 def read(address: str, tls: Any = None, metadata: Any = ()) -> bytes:
     writer = new_writer()
-    CopyStream(address, tls, metadata, 10.0).read(REQUEST, writer)
+    CopyStream(address, tls, metadata, 60.0).read(REQUEST, writer)
     writer.finish()
     return bytes(writer.view)
 
@@ -115,7 +115,7 @@ def scripted(script: Script) -> Iterator[str]:
         try:
             yield f"127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            thread.join(10)
+            thread.join(60)
     assert not failures
 
 
@@ -205,7 +205,7 @@ def test_bytes_are_counted_before_their_chunk_is_whole() -> None:
         peer.sent.read(1)  # until the reader goes
 
     with scripted(script) as address:
-        stream, writer = CopyStream(address, None, (), 10.0), new_writer()
+        stream, writer = CopyStream(address, None, (), 60.0), new_writer()
 
         def reading() -> None:
             with contextlib.suppress(LoraServeError):
@@ -231,7 +231,7 @@ def test_a_read_that_is_closed_ends_at_once_and_writes_no_more() -> None:
         peer.sent.read(1)  # until the reader goes
 
     with scripted(script) as address:
-        stream, writer = CopyStream(address, None, (), 10.0), new_writer()
+        stream, writer = CopyStream(address, None, (), 60.0), new_writer()
         caught: list[LoraServeError] = []
 
         def reading() -> None:
@@ -242,15 +242,15 @@ def test_a_read_that_is_closed_ends_at_once_and_writes_no_more() -> None:
 
         thread = threading.Thread(target=reading)
         thread.start()
-        assert begun.wait(10)
+        assert begun.wait(60)
         assert stream.close()
-        thread.join(5)
+        thread.join(60)
         assert isinstance(caught[0], UnavailableError)
 
 
 def test_a_stream_that_was_closed_before_it_connected_reads_nothing() -> None:
     with scripted_never() as address:
-        stream, writer = CopyStream(address, None, (), 10.0), new_writer()
+        stream, writer = CopyStream(address, None, (), 60.0), new_writer()
         assert not stream.close()
         with pytest.raises(UnavailableError):
             stream.read(REQUEST, writer)

@@ -11,7 +11,7 @@ import pytest
 from loraserve import _testing
 
 ISAS = [isa for isa in _testing.kernel_names() if isa in ("x86-64-v3", "x86-64-v4")]
-TRIES_S = 30.0
+TRIES_S = 60.0
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="no kernels with fused multiply-add here")
 

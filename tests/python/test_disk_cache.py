@@ -16,7 +16,7 @@ import pytest
 import xxhash
 from fake_node import FakeSource, blob, letter_of, revision, until
 from fake_node import load_of as small_load
-from pool_fixtures import MemorySource, fetched, flipped, header_of, large, load_of
+from pool_fixtures import MemorySource, fetched, flipped, header_of, hurry, large, load_of
 
 from loraserve.errors import InvalidArgumentError
 from loraserve.node import fetch as fetch_module
@@ -205,14 +205,15 @@ def test_a_disk_that_hangs_costs_its_deadline_and_then_nothing(
 
     class Stuck(type(disk._directory)):  # type: ignore[misc]
         def open(self, *_: object, **__: object) -> Any:
-            go_on.wait(30)
+            go_on.wait(300)
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(disk, "_path", lambda revision: Stuck("/"))
-    monkeypatch.setattr(fetch_module, "FETCH_GRACE_S", 0.1)
-    options: Any = {"disk": disk, "min_bytes_per_s": 1e12}
-    assert fetched(LOAD, MemorySource(DATA, "store"), **options) == (DATA, "store")
-    go_on.set()
+    hurry(monkeypatch, "disk", 0.1)
+    try:
+        assert fetched(LOAD, MemorySource(DATA, "store"), disk=disk) == (DATA, "store")
+    finally:
+        go_on.set()
 
 
 def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from loraserve.errors import (
 )
 
 NAME = "llama"
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=0)
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 # A prefix of several KV blocks, so that a stale one would be found and be wrong.
@@ -122,9 +122,12 @@ def test_adapters_change_under_load(
                 directory = directories[round_ % len(directories)]
                 replaced.append(engine.load_adapter("replaced", directory, replace=True))
                 engine.load_adapter("unloaded", directories[(3 * round_ + 1) % len(directories)])
-                before = sum(clients.seen.values())
+                before, answered = sum(clients.seen.values()), clients.seen[replaced[-1]]
                 end = time.monotonic() + TIMEOUT_S
-                while sum(clients.seen.values()) < before + 12 and not clients.failures:
+                while not clients.failures and (
+                    sum(clients.seen.values()) < before + 12
+                    or clients.seen[replaced[-1]] == answered
+                ):
                     assert time.monotonic() < end
                     time.sleep(0.002)
                 engine.unload_adapter("unloaded", timeout_s=TIMEOUT_S)
@@ -291,7 +294,7 @@ def test_requests_do_not_wait_for_an_adapter_that_loads(engine: Engine, store: O
 
     def hold() -> None:
         entered.set()
-        assert go_on.wait(TIMEOUT_S)
+        assert go_on.wait(2 * TIMEOUT_S)
 
     table: Any = engine._table
     table._engine = Between(table._engine, "add_adapter", hold)
@@ -299,7 +302,7 @@ def test_requests_do_not_wait_for_an_adapter_that_loads(engine: Engine, store: O
     loader.start()
     assert entered.wait(TIMEOUT_S)
     for name in ("a", None):
-        assert len(engine.submit([1, 2], GREEDY, name).result(5.0).token_ids) == 6
+        assert len(engine.submit([1, 2], GREEDY, name).result(TIMEOUT_S).token_ids) == 6
     with pytest.raises(NotFoundError):
         engine.submit([1], GREEDY, "b")
     go_on.set()

@@ -42,7 +42,7 @@ def test_sampling_params(engine: Engine, field: str) -> None:
     all_end_well(
         lambda value: engine.submit(
             [1, 2], SamplingParams(**{"max_tokens": 2, field: value})
-        ).result(10)
+        ).result(60)
     )
 
 
@@ -50,11 +50,11 @@ def test_sampling_params(engine: Engine, field: str) -> None:
     "argument", ["adapter", "request_id", "priority", "tenant", "timeout_s", "start_index"]
 )
 def test_arguments_of_a_request(engine: Engine, argument: str) -> None:
-    all_end_well(lambda value: engine.submit([1, 2], PLAIN, **{argument: value}).result(10))
+    all_end_well(lambda value: engine.submit([1, 2], PLAIN, **{argument: value}).result(60))
 
 
 def test_prompts(engine: Engine) -> None:
-    all_end_well(lambda value: engine.submit(value, PLAIN).result(10))
+    all_end_well(lambda value: engine.submit(value, PLAIN).result(60))
 
 
 def test_adapters(engine: Engine) -> None:

@@ -28,7 +28,7 @@ from loraserve.errors import (
 
 NAME = "llama"
 VOCAB = SPECS[NAME].vocab
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 SHORT = {"max_tokens": 2, "temperature": 0.0, "ignore_eos": True, "logprobs": 0}
 
 

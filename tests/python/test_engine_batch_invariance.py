@@ -1,6 +1,8 @@
 """A request's answer is bitwise the same alone, batched, chunked, preempted and resumed."""
 
+import itertools
 import random
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ TOLERANCE = 1e-4
 REQUESTS = 24
 ROOMY = 256 << 20  # bytes; far more than everything together needs
 SHARED_PREFIX = 70  # tokens; four full KV blocks and a bit
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,8 @@ def test_with_adapter_evictions(store: OracleStore, alone: list[Any], step_bytes
         max_batch_tokens=rng.randrange(20, 90),
         max_step_adapter_bytes=step_bytes,
     ) as engine:
-        for seed in range(11, 41):
+        end = time.monotonic() + TIMEOUT_S
+        for seed in itertools.count(11):
             assert_same(run_batch(engine, seed), alone, f"{memory} bytes, round {seed}")
             stats = engine.stats()
             seen = {
@@ -221,7 +224,7 @@ def test_with_adapter_evictions(store: OracleStore, alone: list[Any], step_bytes
             }
             if seed >= 12 and all(seen.values()):
                 break
-    assert all(seen.values()), seen
+            assert time.monotonic() < end, seen
 
 
 def test_with_random_chunk_sizes(store: OracleStore, alone: list[Any]) -> None:

@@ -11,6 +11,7 @@ from loraserve.engine.stats import StepRecord
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 PROMPT = list(range(3, 23))
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def engine() -> Iterator[Engine]:
 def records_of(engine: Engine, tokens: int) -> list[StepRecord]:
     """All records, once they show so many tokens."""
     found: list[StepRecord] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + TIMEOUT_S
     while sum(r.prefill_tokens + r.decode_tokens for r in found) < tokens:
         assert time.monotonic() < deadline
         found += engine.take_step_records()
@@ -69,10 +70,10 @@ def test_base_only_tokens_add_no_rank(engine: Engine) -> None:
 def test_installed_adapters_are_those_in_pages(engine: Engine) -> None:
     assert engine.installed() == frozenset()
     engine.generate([PROMPT[:4]], PARAMS, ["sort"])
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + TIMEOUT_S
     while engine.installed() != {"sort"}:
         assert time.monotonic() < deadline
-    engine.unload_adapter("sort", 5)
+    engine.unload_adapter("sort", TIMEOUT_S)
     assert engine.installed() == frozenset()
 
 
@@ -85,7 +86,7 @@ def test_an_evicted_adapter_is_not_installed() -> None:
         for name in ("reverse", "sort", "reverse"):
             engine.generate([PROMPT[:4]], PARAMS, [name])
         assert engine.stats().adapter_evictions >= 1
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + TIMEOUT_S
         while engine.installed() != {"reverse"}:
             assert time.monotonic() < deadline
 

@@ -249,6 +249,6 @@ def test_a_body_that_nobody_reads_must_end_too(path: str, monkeypatch: pytest.Mo
             dripping.cancel()
             assert server._uvicorn is not None
             state = server._uvicorn.server_state
-            await until(lambda: not state.connections, "closed", 30)
+            await until(lambda: not state.connections, "closed")
 
     within(test)

@@ -57,10 +57,10 @@ def test_pages_are_free_within_a_step_of_the_engine(
             }
             async with connected(server.address) as client:
                 await client.request("POST", "/v1/completions", body)
-                await until(lambda: engine.stats().pages_kv > before.pages_kv, "runs", 30)
+                await until(lambda: engine.stats().pages_kv > before.pages_kv, "runs")
                 client.reset()
-                await until(lambda: engine.stats().running == 0, "has ended", 30)
-            await until(lambda: engine.stats().pages_kv == before.pages_kv, "is free", 30)
+                await until(lambda: engine.stats().running == 0, "has ended")
+            await until(lambda: engine.stats().pages_kv == before.pages_kv, "is free")
             after = engine.stats()
             assert after.pages_free == before.pages_free
             assert after.generated_tokens - before.generated_tokens < TOKENS

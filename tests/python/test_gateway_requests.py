@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from fake_node import BASE, FakeEngine
+from fake_node import BASE, FakeEngine, until
 from http_site import Answer, ask, connected, fronted
 from node_calls import run
 from oracle.exposition import parsed
@@ -197,11 +197,16 @@ def test_paths_and_methods() -> None:
 
 def test_a_full_node_says_when_to_come_back() -> None:
     async def test() -> None:
-        engine = FakeEngine(step_s=0.01)
+        engine = FakeEngine()
+        engine.may_step.clear()
         limits = Limits(max_sequences=1, max_queued_requests=1)
         async with fronted(engine, limits=limits) as server:
-            long = ASKED | {"max_tokens": 100}
-            wanted = [ask(server.address, "/v1/completions", long) for _ in range(12)]
+            wanted = [
+                asyncio.create_task(ask(server.address, "/v1/completions", ASKED))
+                for _ in range(12)
+            ]
+            await until(lambda: any(task.done() for task in wanted), "one is refused")
+            engine.may_step.set()
             answers = await asyncio.gather(*wanted)
             codes = sorted(answer.status for answer in answers)
             assert set(codes) == {200, 429}

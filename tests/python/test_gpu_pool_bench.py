@@ -16,7 +16,7 @@ def test_the_script_measures_what_it_says(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, SCRIPT, "--device", "cuda-emulated", "--tiny", "--out", out],
         check=True,
-        timeout=240,
+        timeout=600,
         stdout=subprocess.DEVNULL,
     )
     found = json.loads(out.read_text())

@@ -123,7 +123,6 @@ def test_what_a_command_does_shows_in_the_heartbeat_that_acknowledges_it(tmp_pat
 
 def test_a_change_is_told_long_before_the_period_is_over(tmp_path: Path) -> None:
     async def script(fake: FakeController, server: NodeServer, *_: object) -> None:
-        begin = asyncio.get_running_loop().time()
         fake.send(load(1, "sql", "a"))
         await until(lambda: 1 in fake.results and fake.states == {"sql@a": HOST}, "told")
         server.node.adapters.begin_drop(server.node.adapters.copies(spec("sql", "a").adapter)[0])
@@ -132,9 +131,8 @@ def test_a_change_is_told_long_before_the_period_is_over(tmp_path: Path) -> None
         assert generations == sorted(generations)
         server.node.stop_accepting()
         await until(lambda: fake.beats[-1].draining, "drains")
-        assert asyncio.get_running_loop().time() - begin < 3
 
-    play(tmp_path, script, FakeController(period_s=30))
+    play(tmp_path, script, FakeController(period_s=3600))
 
 
 def test_after_the_first_heartbeat_only_changes_are_told(tmp_path: Path) -> None:
@@ -209,7 +207,7 @@ def test_a_controller_that_refuses_is_told_once_and_serving_goes_on(
     fake.refuse = FailedPreconditionError("incarnation", "is the id used twice?")
 
     async def script(fake: FakeController, server: NodeServer, _: object, channel: object) -> None:
-        await until(lambda: len(fake.registrations) == 3, "tried again and again")
+        await until(lambda: len(fake.registrations) >= 3, "tried again and again")
         assert await answers(channel)
         fake.refuse = None
         await until(lambda: bool(fake.beats), "taken at last")
@@ -225,7 +223,7 @@ def test_a_period_that_makes_no_sense_is_refused(
     fake = FakeController(period_s=period_s)
 
     async def script(fake: FakeController, *_: object) -> None:
-        await until(lambda: len(fake.registrations) == 2, "tried again")
+        await until(lambda: len(fake.registrations) >= 2, "tried again")
         assert fake.streams == 0
 
     fake.refuse = UnavailableError("x", "not waited for")  # so that `play` waits for no heartbeat
@@ -281,9 +279,9 @@ def test_demand_of_a_heartbeat_that_failed_goes_with_the_next() -> None:
 
 def test_the_drain_command_ends_what_runs_too_long(tmp_path: Path) -> None:
     async def script(fake: FakeController, server: NodeServer, _: object, channel: object) -> None:
-        running = asyncio.ensure_future(answers(channel, sampling={"max_tokens": 100000}))
+        running = asyncio.ensure_future(answers(channel, sampling={"max_tokens": 100_000}))
         await until(lambda: bool(len(server.node.requests)), "running")
-        fake.send(drain(1, 0.2))
+        fake.send(drain(1, 3.0))
         await until(lambda: fake.beats[-1].draining, "drains")
         assert 1 not in fake.results
         assert (await refused(answers(channel, "late"))).code == "UNAVAILABLE"
@@ -319,7 +317,7 @@ def test_a_command_of_a_newer_protocol_is_refused_not_fatal(tmp_path: Path) -> N
 
 def test_a_node_that_stops_says_so_first(tmp_path: Path) -> None:
     async def test() -> None:
-        fake = FakeController(period_s=30)
+        fake = FakeController(period_s=3600)
         async with listening(fake) as address:
             async with serving(FakeEngine(), controller=address):
                 await until(lambda: bool(fake.beats), "a heartbeat")
@@ -330,10 +328,13 @@ def test_a_node_that_stops_says_so_first(tmp_path: Path) -> None:
 
 
 def test_drops_wait_for_the_requests_that_use_the_copy(tmp_path: Path) -> None:
-    async def script(fake: FakeController, server: NodeServer, _: object, channel: object) -> None:
+    async def script(
+        fake: FakeController, server: NodeServer, engine: FakeEngine, channel: object
+    ) -> None:
         fake.send(load(1, "sql", "a"))
         await until(lambda: 1 in fake.results, "loaded")
         slow = {"max_tokens": 60}
+        engine.may_step.clear()
         running = asyncio.ensure_future(answers(channel, adapter={"name": "sql"}, sampling=slow))
         await until(lambda: bool(len(server.node.requests)), "running")
         fake.send(drop(2, "sql", "a"))
@@ -341,6 +342,7 @@ def test_drops_wait_for_the_requests_that_use_the_copy(tmp_path: Path) -> None:
         last = next(beat for beat in reversed(fake.beats) if beat.residency)
         assert last.residency[0].active_requests == 1
         assert 2 not in fake.results
+        engine.may_step.set()
         assert len(await running) == 60
         await until(lambda: fake.results.get(2) == "", "gone")
         assert fake.states == {}

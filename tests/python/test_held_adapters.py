@@ -67,7 +67,7 @@ def test_an_adapter_dropped_before_its_load_began_ends_it() -> None:
     async def script(home: Home) -> None:
         held = home.held.begin_load(load_of("a", "a"), placed=True)
         home.held.begin_drop(held)
-        await asyncio.wait_for(held.settled.wait(), 1)
+        await asyncio.wait_for(held.settled.wait(), 60)
         assert isinstance(held.error, UnavailableError)
         await home.settle()
         assert (home.states(), home.source.fetches) == ({}, [])
@@ -297,10 +297,10 @@ def test_close_ends_what_is_on_its_way() -> None:
         used = await home.use("c")
         home.held.begin_drop(used[0])  # would wait for its user for ever
         await asyncio.sleep(0.01)
-        await asyncio.wait_for(home.held.close(), 1)
+        await asyncio.wait_for(home.held.close(), 60)
         with pytest.raises(UnavailableError):
-            await asyncio.wait_for(fetching, 1)
-        await asyncio.wait_for(new.settled.wait(), 1)
+            await asyncio.wait_for(fetching, 60)
+        await asyncio.wait_for(new.settled.wait(), 60)
 
     play(script)
 

@@ -257,7 +257,7 @@ def test_a_slot_is_not_reused_while_it_is_written_to_disk(tmp_path: Path) -> Non
         keep = disk.keep
 
         def slow(name: str, data: memoryview) -> None:
-            go_on.wait(10)
+            go_on.wait(60)
             keep(name, data)
 
         disk.keep = slow  # type: ignore[method-assign]

@@ -106,7 +106,10 @@ def test_a_node_that_is_lost_costs_no_text(tmp_path: Path) -> None:
             return 65 + (len(call["prompt"]) + index) % 26
 
     async def test() -> None:
-        async with serving(Letters(0.005)) as (one, _), serving(Letters(0.005)) as (two, _):
+        engines = Letters(), Letters()
+        for engine in engines:
+            engine.stops_at = 20
+        async with serving(engines[0]) as (one, _), serving(engines[1]) as (two, _):
             servers = {s.address: s for s in (one, two)}
             async with AsyncClient(
                 nodes=list(servers), multiplex=True, tokenizer=TOKENIZER
@@ -115,7 +118,9 @@ def test_a_node_that_is_lost_costs_no_text(tmp_path: Path) -> None:
                 texts = []
                 async for chunk in stream:
                     texts.append(chunk.text)
-                    if len(texts) == 5:
+                    if engines[0].stops_at and chunk.first_index + len(chunk.token_ids) >= 5:
+                        for engine in engines:
+                            engine.stops_at = None
                         used = next(a for a, s in servers.items() if len(s.node.requests))
                         ended = servers[used].node.requests.end_all(
                             UnavailableError("node", "goes")

@@ -63,7 +63,7 @@ def test_text_shows_fields_where_the_message_does_not_say_them() -> None:
 
 def daemon(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "loraserve.controller.main", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_a_daemon_that_cannot_start_says_so_in_its_format(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_what_nobody_catches_is_a_line_in_a_thread_too() -> None:
         "threads = [threading.Thread(target=f, name='copies') for f in (lambda: 1 / 0, exit)];"
         "[(t.start(), t.join()) for t in threads]; 1 / 0"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     in_thread, in_main = (json.loads(line) for line in told.stderr.splitlines())
     assert in_thread["message"] == "uncaught in thread copies"
     for line in (in_thread, in_main):

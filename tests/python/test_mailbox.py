@@ -33,7 +33,7 @@ def taken(items: list[RawOutput], take: Callable[[Mailbox], Awaitable[T]]) -> T:
         mailbox = Mailbox(asyncio.get_running_loop())
         for item in items:
             mailbox.put(item)
-        return await asyncio.wait_for(take(mailbox), 5)
+        return await asyncio.wait_for(take(mailbox), 60)
 
     return asyncio.run(run())
 

@@ -28,11 +28,12 @@ def test_catastrophic_patterns_cost_little(pattern: str) -> None:
         for layer in range(40)
         for side, array in ones.items()
     }
-    start = time.monotonic()
-    # Answered or given up, it is soon; re.match would outlive us.
+    start = time.thread_time()
+    # Answered or given up, it is soon; re.match would outlive us. In the thread's own time: it is
+    # no matter of what else the machine does.
     with contextlib.suppress(UnsupportedError):
         assert len(read_arrays(arrays, {"r": 2, "rank_pattern": {pattern: 3}}).modules) == 40
-    assert time.monotonic() - start < 10
+    assert time.thread_time() - start < 60
 
 
 def test_a_hostile_pattern_is_stopped_by_the_budget() -> None:

@@ -122,7 +122,7 @@ def test_serving_goes_on_without_the_controller_and_finds_it_again(tmp_path: Pat
             async with controller(
                 tmp_path, new_check=PackedCheck, listen=listen, keys=keys
             ) as site:
-                await until(lambda: bool(site.server.runtime.state.nodes), "registered", 10)
+                await until(lambda: bool(site.server.runtime.state.nodes), "registered")
                 assert server._link is not None
                 await until(lambda: server._link.epoch == old + 1, "a new epoch")  # type: ignore[union-attr]
                 assert (await site.served("sql", ["n1"])).revision == revision("a")

@@ -1,7 +1,6 @@
 """A node with the real engine and the demo model: bad requests, deadlines, and what is freed."""
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +127,9 @@ def test_a_request_expires_while_it_waits_for_the_engine() -> None:
         async with serving_demo(max_sequences=1) as (server, channel):
             running = [generate(channel, f"r{i}", sampling=LONG) for i in range(150)]
             await running[0].read()
-            begin = time.monotonic()
             short = {"timeout": Duration(nanos=30_000_000)}
             error = await refused(answers(channel, "late", **short))
             assert error.code == "DEADLINE_EXCEEDED"
-            assert time.monotonic() - begin < 2
             assert server.node.engine.stats().waiting  # those before it wait still
             error = await refused(answers(channel, "later", rpc_timeout=0.03))
             assert error.code == "DEADLINE_EXCEEDED"

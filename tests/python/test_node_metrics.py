@@ -64,7 +64,7 @@ def test_adapters_whose_requests_wait_and_run(tmp_path: Path) -> None:
         async with serving(engine, **about) as (server, channel):
             running = generate(channel, "r", adapter=ref("sql"), sampling={"max_tokens": 100})
             await running.read()
-            engine.step_s = 10.0  # no first token for those that come now
+            engine.step_s = 3600.0  # no first token for those that come now
             for request_id, name in (("w", "legal"), ("base", "")):
                 waiting = generate(channel, request_id, adapter=ref(name))
                 reading.append(asyncio.ensure_future(waiting.read()))

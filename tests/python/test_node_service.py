@@ -5,13 +5,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 from fake_node import BASE, CONTEXT, FACTS, SIZE, FakeEngine, letter_of, revision, serving, until
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import (
     health_pb2,
     health_pb2_grpc,
 )
-from node_calls import answers, refused, run, store_with
+from node_calls import answers, generate, refused, run, store_with
 
 from loraserve.checkpoint.packed_adapter import load_adapter_source
 from loraserve.node.engine_api import LoadedModel
@@ -27,11 +28,11 @@ def test_abort_ends_a_request_with_what_it_has() -> None:
         engine = FakeEngine(step_s=0.02)
         async with serving(engine) as (_, channel):
             service = node_pb2_grpc.NodeServiceStub(channel)
-            running = asyncio.ensure_future(answers(channel, sampling={"max_tokens": 1000}))
-            await until(lambda: len(engine.live) == 1, "running")
-            await asyncio.sleep(0.1)
+            running = generate(channel, sampling={"max_tokens": 100_000})
+            out = [await running.read()]
             assert (await service.Abort(node_pb2.AbortRequest(request_id="r"))).found
-            out = await running
+            while (message := await running.read()) is not grpc.aio.EOF:
+                out.append(message)
             assert out[-1].finish_reason == FINISH_REASON_CANCELLED
             assert out[-1].usage.completion_tokens == len(out) - 1 > 0
             assert not (await service.Abort(node_pb2.AbortRequest(request_id="r"))).found
@@ -63,7 +64,7 @@ def test_tenants_cannot_see_each_other(tmp_path: Path) -> None:
             assert foreign.code == absent.code == "NOT_FOUND"
             assert str(foreign).replace("sql", "s") == str(absent)
             mine = asyncio.ensure_future(
-                answers(channel, adapter=sql, sampling={"max_tokens": 99}, metadata=key["ann"])
+                answers(channel, adapter=sql, sampling={"max_tokens": 100_000}, metadata=key["ann"])
             )
             await until(lambda: len(engine.live) == 1, "running")
             assert engine.calls[0]["tenant"] == "ann"
@@ -94,7 +95,7 @@ def test_operators_load_list_and_unload(tmp_path: Path) -> None:
             ]
             assert held[0].size_bytes == SIZE
             running = asyncio.ensure_future(
-                answers(channel, "old", adapter={"name": "sql"}, sampling={"max_tokens": 1000})
+                answers(channel, "old", adapter={"name": "sql"}, sampling={"max_tokens": 100_000})
             )
             await until(lambda: len(engine.live) == 1, "running")
             # Another revision comes to stand beside the first and takes the name.
@@ -135,7 +136,7 @@ def test_operators_load_list_and_unload(tmp_path: Path) -> None:
 def test_a_draining_node_takes_nothing_and_says_so() -> None:
     async def test() -> None:
         engine = FakeEngine(step_s=0.02)
-        async with serving(engine) as (_, channel):
+        async with serving(engine) as (server, channel):
             service = node_pb2_grpc.NodeServiceStub(channel)
             health = health_pb2_grpc.HealthStub(channel)
 
@@ -144,12 +145,12 @@ def test_a_draining_node_takes_nothing_and_says_so() -> None:
                 return (await health.Check(health_pb2.HealthCheckRequest(service=name))).status
 
             assert await status() == health_pb2.HealthCheckResponse.SERVING
-            running = asyncio.ensure_future(answers(channel, sampling={"max_tokens": 1000}))
+            running = asyncio.ensure_future(answers(channel, sampling={"max_tokens": 100_000}))
             await until(lambda: len(engine.live) == 1, "running")
             draining = asyncio.ensure_future(
                 service.Drain(node_pb2.DrainRequest(timeout=Duration(nanos=200_000_000)))
             )
-            await asyncio.sleep(0.05)
+            await until(lambda: server.node.draining, "drains")
             assert (await refused(answers(channel, "late"))).code == "UNAVAILABLE"
             assert await status() == health_pb2.HealthCheckResponse.NOT_SERVING
             assert (await draining).ended_requests == 1
@@ -163,7 +164,7 @@ def test_the_node_refuses_until_its_model_is_there() -> None:
         may_open = threading.Event()
 
         def slow() -> LoadedModel:
-            assert may_open.wait(10)
+            assert may_open.wait(60)
             return LoadedModel(FakeEngine(), FACTS)
 
         server = NodeServer(NodeOptions("n1", BASE), slow, load_adapter_source)

@@ -237,9 +237,9 @@ def pages_of(node: NodeServer) -> int:
 async def nothing_is_left(there: Site, tasks: int, pages: int) -> None:
     """`tasks` and `pages`: before the requests."""
     node, metrics = there.node.node, there.gateway._site.metrics
-    await until(lambda: not metrics.running and not metrics.waiting, "the gateway is at rest", 20)
-    await until(lambda: not len(node.requests), "the node is at rest", 20)
-    await until(lambda: len(asyncio.all_tasks()) <= tasks, "all tasks have ended", 20)
+    await until(lambda: not metrics.running and not metrics.waiting, "the gateway is at rest")
+    await until(lambda: not len(node.requests), "the node is at rest")
+    await until(lambda: len(asyncio.all_tasks()) <= tasks, "all tasks have ended")
     stats = node.engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     assert pages_of(there.node) == pages

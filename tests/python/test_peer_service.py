@@ -274,7 +274,7 @@ def test_without_a_sidecar_that_works_a_lease_has_no_slot(
     trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test() -> None:
-        monkeypatch.setattr(Exports, "EXPORT_TIMEOUT_S", 0.05)
+        monkeypatch.setattr(Exports, "EXPORT_TIMEOUT_S", 0.05 if trouble == "hangs" else 60.0)
         transfer = FakeTransfer()
         async with holding(transfer=transfer) as holder:
             holder.put(REVISION, DATA)
@@ -291,6 +291,7 @@ def test_without_a_sidecar_that_works_a_lease_has_no_slot(
             transfer.info, transfer.error = INFO, None
             transfer.hangs = transfer.dies = False
             await until(lambda: not transfer.exporting, "it has answered")
+            monkeypatch.setattr(Exports, "EXPORT_TIMEOUT_S", 60.0)
             lease = await holder.stub.LeaseCopy(LeaseCopyRequest(revision=REVISION))
             assert lease.HasField("slot")
 

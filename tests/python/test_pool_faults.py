@@ -280,7 +280,7 @@ def cycles(tmp_path: Path, count: int, growth_bytes: int) -> None:
             await until(lambda: adapters.host.pool.bytes_free == capacity, "given back")
             assert adapters.host._holders == {}
 
-    run(test, limit_s=max(60, count))
+    run(test, limit_s=max(180, count))
 
 
 def test_sixty_loads_and_evictions_leave_nothing_behind(tmp_path: Path) -> None:

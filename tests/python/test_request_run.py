@@ -65,10 +65,10 @@ def test_the_key_goes_with_the_request() -> None:
             bad_node(generate) as node,
             client(nodes_table(a=node.address), api_key="secret") as asks,
         ):
-            await asks.answer(timeout_s=5.0)
+            await asks.answer(timeout_s=100.0)
             assert node.metadata[0]["authorization"] == "Bearer secret"
             # What is left of the time, for the node to keep to.
-            assert 4.0 < node.requests[0].timeout.ToMicroseconds() / 1e6 <= 5.0
+            assert 20.0 < node.requests[0].timeout.ToMicroseconds() / 1e6 <= 100.0
 
     run(test)
 
@@ -80,7 +80,7 @@ async def _dies(node: "list[BadNode]", context: Any, sent: int = 0) -> None:
     for index in range(sent):
         await context.write(token(index))
     node[0].die()
-    await asyncio.sleep(10)
+    await asyncio.Event().wait()
 
 
 def test_a_node_that_dies_before_the_first_token_is_replaced() -> None:
@@ -138,13 +138,11 @@ def _full(seconds: float | None = 0.1) -> Generate:
 def test_a_full_node_is_left_for_another_at_once() -> None:
     async def test() -> None:
         async with (
-            bad_node(_full(5.0)) as full,
+            bad_node(_full(3600.0)) as full,
             good_node() as (_, server),
             client(nodes_table(a=full.address, b=server.address)) as asks,
         ):
-            begin = asyncio.get_running_loop().time()
             exact(await asks.answer(), attempts=2)
-            assert asyncio.get_running_loop().time() - begin < 2
             # It is full, not lost: the next request may ask it.
             await asks.answer()
             assert len(full.requests) == 2
@@ -162,7 +160,7 @@ def test_the_only_holder_is_asked_again_after_the_time_it_named() -> None:
         async with bad_node(generate) as node, client(nodes_table(a=node.address)) as asks:
             begin = asyncio.get_running_loop().time()
             await asks.answer()
-            assert 0.15 <= asyncio.get_running_loop().time() - begin < 2
+            assert asyncio.get_running_loop().time() - begin >= 0.15
             assert len(node.requests) == 2
 
     run(test)
@@ -334,20 +332,20 @@ def test_a_request_that_breaks_every_node_ends() -> None:
 def test_a_node_that_drains_hands_its_answers_over() -> None:
     async def test() -> None:
         async with (
-            good_node(0.03, node_id="one") as (first, leaving),
+            good_node(node_id="one") as (first, leaving),
             good_node(node_id="two") as (second, staying),
             client(nodes_table(a=leaving.address, b=staying.address)) as asks,
         ):
+            first.stops_at = 2
             asking = asyncio.ensure_future(asks.answer())
-            await until(lambda: bool(first.live), "running")
-            await asyncio.sleep(0.05)
+            await until(lambda: asks.tokens == 2, "in the middle")
             async with dial(leaving.address) as channel:
                 request = node_pb2.DrainRequest()
                 request.timeout.FromMilliseconds(1)
                 await node_pb2_grpc.NodeServiceStub(channel).Drain(request)
             done = await asking
             exact(done, attempts=2)
-            assert 0 < second.calls[0]["start_index"] < TOKENS
+            assert second.calls[0]["start_index"] == 2
             assert done.node_id == "two"
             exact(await asks.answer(), attempts=1)
 
@@ -362,13 +360,15 @@ def test_many_answers_survive_the_loss_of_two_of_three_nodes() -> None:
             good_node(0.01, node_id="three") as (three, third),
             client(nodes_table(a=first.address, b=second.address, c=third.address)) as asks,
         ):
+            # Answers of the first two do not end; there is nobody to go on with them but the third.
+            one.stops_at = two.stops_at = 15
             params = SamplingParams(max_tokens=30)
             asking = [asyncio.ensure_future(asks.answer(params)) for _ in range(24)]
             await until(lambda: len(one.calls) > 3 and len(two.calls) > 3, "spread")
-            await asyncio.sleep(0.05)
+            await until(lambda: all(len(log.token_ids) > 5 for log in asks.logs), "in the middle")
             assert first._server is not None
             await first._server.stop(None)
-            await asyncio.sleep(0.05)
+            await until(lambda: not one.live, "the first is rid of its own")
             assert second._server is not None
             await second._server.stop(None)
             for done in await asyncio.gather(*asking):

@@ -65,12 +65,12 @@ def test_the_first_table_and_what_changes_after_it() -> None:
             watching(control) as watcher,
         ):
             assert watcher.watch.age_s is None
-            await watcher.watch.first_table(5)
+            await watcher.watch.first_table(60)
             assert (watcher.at, watcher.names) == ((1, 4), ["sql"])
             assert watcher.watch.age_s == 0.0
             assert watcher.seen == [watcher.watch.table]
             assert (control.watches[0].known_epoch, control.watches[0].known_version) == (0, 0)
-            waiting = asyncio.ensure_future(watcher.watch.changed(5))
+            waiting = asyncio.ensure_future(watcher.watch.changed(60))
             await until(lambda: control.open_watches == 1, "the watch stands")
             control.send(routes(5, full=False, adapters=[adapter_route("rot13", "n1")]))
             assert await waiting
@@ -91,7 +91,7 @@ def test_a_table_in_parts_is_shown_when_it_is_whole() -> None:
             assert watcher.watch.age_s is None
             assert not watcher.seen
             control.send(routes(2, full=False, adapters=[adapter_route("b", "n1")]))
-            await watcher.watch.first_table(5)
+            await watcher.watch.first_table(60)
             assert watcher.names == ["a", "b"]
 
     run(test)
@@ -103,24 +103,27 @@ def test_the_last_table_stays_and_ages_while_the_controller_is_away() -> None:
             fake_controller(routes(3, nodes=[N1])) as control,
             watching(control) as watcher,
         ):
-            await watcher.watch.first_table(5)
-            waiting = asyncio.ensure_future(watcher.watch.changed(5))
+            await watcher.watch.first_table(60)
+            waiting = asyncio.ensure_future(watcher.watch.changed(60))
+            now = asyncio.get_running_loop().time
             await asyncio.sleep(0.4)
+            stopping = now()
             await control.stop()
             assert await waiting  # whoever waits for a table hears of the failure
-            assert (watcher.watch.age_s or 1) < 0.3  # it was confirmed until now
+            failed = now()
+            assert (watcher.watch.age_s or 0) <= now() - stopping  # it was confirmed until then
             table = watcher.watch.table
             await asyncio.sleep(0.3)
             assert watcher.watch.table is table
             assert watcher.seen == [table]
-            age_s = watcher.watch.age_s
+            least_s, age_s = now() - failed, watcher.watch.age_s
             assert age_s is not None
-            assert 0.1 < age_s < 2
+            assert least_s <= age_s <= now() - stopping
             await watcher.watch.first_table(0.01)  # there is one, however old
             # Again on the same port: what the watch has is named, and the table is new again.
             control.greeting = [routes(3, full=False)]
             await control.start()
-            await until(lambda: watcher.watch.age_s == 0.0, "the watch stands again", 8)
+            await until(lambda: watcher.watch.age_s == 0.0, "the watch stands again")
             again = control.watches[-1]
             assert (again.known_epoch, again.known_version) == (1, 3)
             assert list(watcher.watch.table.nodes) == ["n1"]
@@ -136,12 +139,12 @@ def test_a_restarted_controller_has_a_higher_epoch_and_starts_versions_again() -
             ) as control,
             watching(control) as watcher,
         ):
-            await watcher.watch.first_table(5)
+            await watcher.watch.first_table(60)
             await control.stop()
             fresh = routes(1, epoch=2, nodes=[N1], adapters=[adapter_route("new", "n1")])
             control.greeting = [fresh]
             await control.start()
-            await until(lambda: watcher.at == (2, 1), "the new table", 8)
+            await until(lambda: watcher.at == (2, 1), "the new table")
             assert watcher.names == ["new"]
 
     run(test)
@@ -154,7 +157,7 @@ def test_older_news_end_the_watch_and_change_nothing(epoch: int) -> None:
             fake_controller(routes(5, epoch=2, nodes=[N1])) as control,
             watching(control) as watcher,
         ):
-            await watcher.watch.first_table(5)
+            await watcher.watch.first_table(60)
             table = watcher.watch.table
             await until(lambda: control.open_watches == 1, "the watch stands")
             old = routes(9 if epoch == 1 else 4, epoch=epoch)
@@ -179,7 +182,7 @@ def test_parts_of_a_watch_that_broke_are_not_mixed_into_the_next() -> None:
             fake_controller(routes(1, nodes=[N1])) as control,
             watching(control) as watcher,
         ):
-            await watcher.watch.first_table(5)
+            await watcher.watch.first_table(60)
             await until(lambda: control.open_watches == 1, "the watch stands")
             control.greeting = [routes(2, full=False, adapters=[adapter_route("sql", "n1")])]
             control.send(part, None)
@@ -196,13 +199,14 @@ def test_a_controller_that_ends_the_watch_is_asked_again() -> None:
             watching(control) as watcher,
         ):
             begin = asyncio.get_running_loop().time()
-            for count in range(2, 8):
+            for count in range(2, 32):
                 await until(lambda: control.open_watches == 1, "the watch stands")
                 control.send(None)
                 await until(lambda c=count: len(control.watches) >= c, "asked again")  # type: ignore[misc]
             assert list(watcher.watch.table.nodes) == ["n1"]
-            # Each time it answered, so each time it is asked soon.
-            assert asyncio.get_running_loop().time() - begin < 2
+            # Each time it answered, so each time it is asked soon: in 3 s as a rule. Were pauses to
+            # grow, it would be 26 s at the least.
+            assert asyncio.get_running_loop().time() - begin < 20
 
     run(test)
 
@@ -216,16 +220,14 @@ def test_a_refused_key_surfaces_at_once(error: LoraServeError) -> None:
     async def test() -> None:
         async with fake_controller() as control, watching(control) as watcher:
             control.refusal = error
-            begin = asyncio.get_running_loop().time()
             for _ in range(2):
                 with pytest.raises(type(error)) as caught:
-                    await watcher.watch.first_table(5)
+                    await watcher.watch.first_table(3600)
                 assert (caught.value.field, caught.value.message) == (error.field, error.message)
-            assert asyncio.get_running_loop().time() - begin < 2
             # The key may be added while the client runs.
             control.refusal, control.greeting = None, [routes(1, nodes=[N1])]
             await until(lambda: watcher.at == (1, 1), "the table")
-            await watcher.watch.first_table(1)
+            await watcher.watch.first_table(60)
 
     run(test)
 
@@ -236,12 +238,12 @@ def test_a_refusal_after_a_table_costs_nothing() -> None:
             fake_controller(routes(1, nodes=[N1])) as control,
             watching(control) as watcher,
         ):
-            await watcher.watch.first_table(5)
+            await watcher.watch.first_table(60)
             await until(lambda: control.open_watches == 1, "the watch stands")
             control.refusal = UnauthenticatedError("authorization", "revoked")
             control.send(None)
             await until(lambda: len(control.watches) >= 3, "refused")
-            await watcher.watch.first_table(1)
+            await watcher.watch.first_table(60)
             assert list(watcher.watch.table.nodes) == ["n1"]
 
     run(test)
@@ -252,10 +254,11 @@ def test_a_controller_that_is_not_there_is_named() -> None:
         async with fake_controller() as control:
             pass
         async with watching(control) as watcher:
+            await until(lambda: watcher.watch._error is not None, "tried")
             begin = asyncio.get_running_loop().time()
             with pytest.raises(UnavailableError) as caught:
                 await watcher.watch.first_table(0.3)
-            assert 0.25 < asyncio.get_running_loop().time() - begin < 2
+            assert asyncio.get_running_loop().time() - begin > 0.25
             assert caught.value.field == "controller"
             assert control.address in caught.value.message
             assert "no answer" not in caught.value.message

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 from fake_node import until
-from request_site import ANSWER, TOKENS, client, good_node, nodes_table, run
+from request_site import ANSWER, client, good_node, nodes_table, run
 
+from loraserve import wire
 from loraserve.client import channels
 
 
@@ -42,24 +43,29 @@ async def _relay(address: str, frozen: asyncio.Event) -> AsyncIterator[str]:
             writer.close()
 
 
-def test_a_host_that_goes_silent_is_found_and_its_answer_goes_on() -> None:
+def test_a_host_that_goes_silent_is_found_and_its_answer_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wire.channel_options, "__defaults__", (wire.KEEPALIVE_TIME_MS, 3000))
+
     async def test() -> None:
         frozen = asyncio.Event()
         async with (
-            good_node(0.05, node_id="one") as (_, first),
+            good_node(node_id="one") as (silenced, first),
             good_node(node_id="two") as (second, other),
             _relay(first.address, frozen) as silent,
             client(nodes_table(a=silent, b=other.address)) as asks,
         ):
+            silenced.stops_at = 2
             task = asyncio.ensure_future(asks.answer())
-            await until(lambda: asks.tokens >= 2, "tokens")
+            await until(lambda: asks.tokens == 2, "tokens")
             frozen.set()
-            begin = asyncio.get_running_loop().time()
+            silenced.stops_at = None
+            # Nothing breaks: without pings it would wait for ever.
             done = await task
             assert done.token_ids == ANSWER
             assert (done.attempts, done.node_id) == (2, "two")
-            assert 2 <= second.calls[0]["start_index"] < TOKENS
-            assert asyncio.get_running_loop().time() - begin < 4
+            assert second.calls[0]["start_index"] == 2
 
     run(test)
 
@@ -79,6 +85,7 @@ def test_a_host_that_never_answers_costs_one_connect_timeout(
         ):
             begin = asyncio.get_running_loop().time()
             assert (await asks.answer()).attempts == 2
-            assert 0.2 < asyncio.get_running_loop().time() - begin < 2
+            # Well below gRPC's own 20 s.
+            assert 0.2 < asyncio.get_running_loop().time() - begin < 15
 
     run(test)

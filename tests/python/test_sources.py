@@ -169,7 +169,7 @@ class Hanging:
 
     def __call__(self, *_: object) -> Any:
         self.calls += 1
-        self.may_return.wait(30)
+        self.may_return.wait(300)
         return iter([DATA[HEADER.header_bytes :]])
 
 
@@ -183,11 +183,13 @@ def test_a_store_that_hangs_is_given_up(
     monkeypatch.setattr(store, method, hanging)
     monkeypatch.setattr(fetch_module, "FETCH_GRACE_S", 0.1)
     begin = time.monotonic()
-    with pytest.raises(UnavailableError, match=r"store: took over 0.1 s"):
-        fetched(LOAD, StoreSource(store), min_bytes_per_s=1e12)
-    # The loop has been closed, as at the end of a process: nothing waited for the thread.
-    assert time.monotonic() - begin < 10
-    hanging.may_return.set()
+    try:
+        with pytest.raises(UnavailableError, match=r"store: took over 0.1 s"):
+            fetched(LOAD, StoreSource(store), min_bytes_per_s=1e12)
+        # The loop has been closed, as at the end of a process: nothing waited for the thread.
+        assert time.monotonic() - begin < 60
+    finally:
+        hanging.may_return.set()
 
 
 def test_reads_that_hang_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,7 @@ def test_reads_that_hang_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 await asyncio.wait_for(source.read_start(LOAD), 0.05)
         with pytest.raises(UnavailableError, match="store: 3 calls have not returned"):
             await source.read_start(LOAD)
-        assert hanging.calls == 3
+        await until(lambda: hanging.calls == 3, "all have come there")
         monkeypatch.undo()
         put(store, DATA)
         hanging.may_return.set()
@@ -329,8 +331,8 @@ def test_a_controller_that_stalls_is_given_up(
     monkeypatch.setattr(fetch_module, "FETCH_GRACE_S", 1.0)
     begin = time.monotonic()
     with pytest.raises(UnavailableError, match=r"controller: took over 1.0 s"):
-        from_controller(start, rest, stall_s=60, min_bytes_per_s=1e12)
-    assert time.monotonic() - begin < 20
+        from_controller(start, rest, stall_s=3600, min_bytes_per_s=1e12)
+    assert time.monotonic() - begin < 60
 
 
 def test_a_controller_that_is_not_there_is_unavailable() -> None:

@@ -41,6 +41,13 @@ def asked(node: Any) -> list[tuple[int, int]]:
     return [(r.attempt, r.routes.version) for r in node.requests]
 
 
+@pytest.fixture
+def patient_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever waits for newer routes waits for ever."""
+    monkeypatch.setattr(request_run, "NEWER_ROUTES_WAIT_S", 3600.0)
+
+
+@pytest.mark.usefixtures("patient_routes")
 def test_the_holder_that_the_node_names_is_asked_at_once_and_the_node_stays_in_use() -> None:
     async def test() -> None:
         error = StaleRouteError("adapter", "is not here", ("n2",), (1, 6))
@@ -54,9 +61,7 @@ def test_the_holder_that_the_node_names_is_asked_at_once_and_the_node_stays_in_u
                 fake_controller(table) as control,
                 client(policy=policy, controller=control.address) as asks,
             ):
-                begin = asyncio.get_running_loop().time()
                 assert (await asks.answer(ONE, adapter="sql")).attempts == 2
-                assert asyncio.get_running_loop().time() - begin < request_run.NEWER_ROUTES_WAIT_S
                 assert (asked(old), asked(new)) == ([(0, 4)], [(1, 6)])
                 # It has not failed: other adapters' requests still go there.
                 await asks.answer(ONE, adapter="rot13")
@@ -65,6 +70,7 @@ def test_the_holder_that_the_node_names_is_asked_at_once_and_the_node_stays_in_u
     run_client(test)
 
 
+@pytest.mark.usefixtures("patient_routes")
 def test_a_request_that_was_turned_away_waits_for_newer_routes() -> None:
     async def test() -> None:
         error = StaleRouteError("adapter", "is not here")
@@ -87,6 +93,7 @@ def test_a_request_that_was_turned_away_waits_for_newer_routes() -> None:
     run_client(test)
 
 
+@pytest.mark.usefixtures("patient_routes")
 def test_another_revision_may_well_be_on_the_node_that_turned_the_request_away() -> None:
     async def test() -> None:
         async def holds_the_new_one(request: GenerateRequest, context: Any) -> None:

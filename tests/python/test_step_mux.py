@@ -64,7 +64,7 @@ def test_leaving_a_multiplexed_answer_cancels_it_alone() -> None:
             async with contextlib.aclosing(stream):
                 async for _ in stream:
                     break
-            await until(lambda: "default/left#0" in engine.ended, "the one that was left ends", 30)
+            await until(lambda: "default/left#0" in engine.ended, "the one that was left ends")
             assert len((await other).token_ids) == 60
 
     run(test)
@@ -91,7 +91,7 @@ def test_a_node_that_goes_ends_all_its_answers_with_unavailable() -> None:
         engine = FakeEngine(step_s=0.02)
         async with AsyncClient(nodes=["127.0.0.1:1"], multiplex=True) as nobody:
             with pytest.raises(UnavailableError):
-                await nobody.generate([5, 6], params(3), timeout_s=5)
+                await nobody.generate([5, 6], params(3), timeout_s=60)
         async with serving(engine) as (server, _):
             client = AsyncClient(nodes=[server.address], multiplex=True)
             running = [
@@ -108,18 +108,20 @@ def test_a_node_that_goes_ends_all_its_answers_with_unavailable() -> None:
 
 def test_a_request_id_twice_on_a_client_is_refused_and_strangers_go_on() -> None:
     async def test() -> None:
-        engine = FakeEngine(step_s=0.005)
+        engine = FakeEngine()
+        engine.may_step.clear()
         async with (
             serving(engine) as (server, _),
             AsyncClient(nodes=[server.address], multiplex=True) as client,
         ):
             stranger = asyncio.create_task(client.generate([5, 6], params(60)))
             first = asyncio.create_task(client.generate([5, 6], params(60), request_id="r"))
-            await until(lambda: "default/r#0" in engine.live, "it runs", 30)
+            await until(lambda: "default/r#0" in engine.live, "it runs")
             with pytest.raises(AlreadyExistsError, match="request_id"):
                 await asyncio.wait_for(
-                    client.generate([5, 6], params(60), request_id="r", timeout_s=20), 30
+                    client.generate([5, 6], params(60), request_id="r", timeout_s=60), 60
                 )
+            engine.may_step.set()
             assert [len((await t).token_ids) for t in (stranger, first)] == [60, 60]
             # Once it has ended, the name is free again.
             assert len((await client.generate([5, 6], params(3), request_id="r")).token_ids) == 3
@@ -137,11 +139,11 @@ def test_a_request_of_any_size_leaves_the_others_alone() -> None:
             AsyncClient(nodes=[server.address], multiplex=True) as client,
         ):
             other = asyncio.create_task(client.generate([5, 6], params(200)))
-            await until(lambda: len(engine.live) == 1, "it runs", 30)
+            await until(lambda: len(engine.live) == 1, "it runs")
             for limit in (MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES):
                 for less in (0, 20, 60, 100, 200):
                     with pytest.raises(LoraServeError) as caught:
-                        await client.generate("x" * (limit - less), params(3), timeout_s=20)
+                        await client.generate("x" * (limit - less), params(3), timeout_s=60)
                     assert caught.value.field in ("prompt", "text")
             assert len((await other).token_ids) == 200
 
@@ -177,7 +179,7 @@ def test_a_stream_to_a_node_that_has_left_is_closed() -> None:
             (stream,) = mux._streams.values()
             mux.keep(set())
             assert not mux._streams
-            await until(lambda: all(task.done() for task in stream._tasks), "its tasks end", 30)
+            await until(lambda: all(task.done() for task in stream._tasks), "its tasks end")
             assert stream.broken
             assert len((await client.generate([5, 6], params(3))).token_ids) == 3
 

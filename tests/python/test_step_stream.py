@@ -56,14 +56,17 @@ def test_an_answer_is_that_of_generate_but_for_times() -> None:
 
 def test_what_a_step_brings_comes_in_one_message(lanes: bool) -> None:
     async def test() -> None:
-        engine = FakeEngine(step_s=0.05)
+        engine = FakeEngine()
+        engine.may_step.clear()
         async with stream_to(engine, lanes) as (_, _, stream):
             names = [f"r{i}" for i in range(20)]
             for name in names:
                 await stream.submit(name, sampling={"max_tokens": 5})
+            await until(lambda: len(engine.live) == 20, "all run")
+            engine.may_step.set()
             await stream.read_until_ended(*names)
             assert all(stream.tokens(name) == [2, 3, 4, 5, 6] for name in names)
-            # 100 outputs; the requests' steps do not begin in the same moment.
+            # 100 outputs of five steps that all take at once.
             assert len(stream.messages) <= 60
 
     run(test)
@@ -128,7 +131,7 @@ def test_a_request_that_gets_no_credit_is_ended(lanes: bool) -> None:
     async def test() -> None:
         # It bounds each write as well: not so short that a busy machine is taken for a reader
         # who has stopped.
-        limits = Limits(stall_timeout_s=1.5)
+        limits = Limits(stall_timeout_s=3.0)
         async with stream_to(FakeEngine(), lanes, limits=limits) as (server, _, stream):
             await stream.submit("slow", sampling={"max_tokens": START_CREDIT + 50})
             await stream.read_until_ended("slow")
@@ -155,7 +158,7 @@ def test_what_waits_for_credit_is_bounded(
             await stream.read_until_ended("slow")
             assert stream.error("slow").field == "credit"
             assert len(stream.tokens("slow")) == START_CREDIT
-            await until(lambda: not engine.live, "the engine's request ends", 30)
+            await until(lambda: not engine.live, "the engine's request ends")
             assert not len(server.node.requests)
 
     run(test)
@@ -165,7 +168,7 @@ def test_cancel_frees_the_request_at_once(lanes: bool) -> None:
     async def test() -> None:
         engine = FakeEngine(step_s=0.01)
         async with stream_to(engine, lanes) as (server, _, stream):
-            await stream.submit("r", sampling={"max_tokens": 1000})
+            await stream.submit("r", sampling={"max_tokens": 100_000})
             await stream.read()
             await stream.cancel("unknown")
             await stream.cancel("r")
@@ -183,7 +186,7 @@ def test_the_end_of_the_stream_ends_its_requests(lanes: bool) -> None:
         engine = FakeEngine(step_s=0.01)
         async with stream_to(engine, lanes) as (server, _, stream):
             for name in ("a", "b"):
-                await stream.submit(name, sampling={"max_tokens": 1000})
+                await stream.submit(name, sampling={"max_tokens": 100_000})
             await until(lambda: len(engine.live) == 2, "both run")
             stream.call.cancel()
             await until(lambda: len(engine.ended) == 2, "both end")
@@ -196,7 +199,7 @@ def test_a_stream_without_sense_ends_with_a_typed_error() -> None:
     async def test() -> None:
         engine = FakeEngine(step_s=0.01)
         async with stream_to(engine) as (server, _, stream):
-            await stream.submit("r", sampling={"max_tokens": 1000})
+            await stream.submit("r", sampling={"max_tokens": 100_000})
             await until(lambda: len(engine.live) == 1, "it runs")
             await stream.call.write(StepStreamRequest())
 
@@ -217,7 +220,7 @@ def test_a_request_id_that_is_in_use_is_refused_alone(lanes: bool) -> None:
     async def test() -> None:
         async with stream_to(FakeEngine(step_s=0.01), lanes) as (_, _, stream):
             await stream.submit("other", sampling={"max_tokens": 30})
-            await stream.submit("r", sampling={"max_tokens": 1000})
+            await stream.submit("r", sampling={"max_tokens": 100_000})
             await stream.submit("r")
             await stream.read_until_ended("other")
             assert len(stream.tokens("other")) == 30
@@ -229,11 +232,15 @@ def test_a_request_id_that_is_in_use_is_refused_alone(lanes: bool) -> None:
 
 def test_more_requests_than_a_stream_may_have_are_refused_one_by_one(lanes: bool) -> None:
     async def test() -> None:
-        limits = Limits(max_sequences=2, max_queued_requests=0)
-        async with stream_to(FakeEngine(step_s=0.02), lanes, limits=limits) as (_, _, stream):
+        engine, limits = FakeEngine(), Limits(max_sequences=2, max_queued_requests=0)
+        engine.may_step.clear()
+        async with stream_to(engine, lanes, limits=limits) as (_, _, stream):
             names = [f"r{i}" for i in range(9)]
             for name in names:
                 await stream.submit(name, sampling={"max_tokens": 20})
+            while sum(map(stream.ended, names)) < 7:
+                assert await stream.read()
+            engine.may_step.set()
             await stream.read_until_ended(*names)
             done = [n for n in names if stream.outputs[n][-1].finish_reason]
             assert len(done) == 2
@@ -330,7 +337,7 @@ def test_tokens_and_outputs_that_wait_for_credit_keep_their_order() -> None:
 def test_lanes_that_cannot_be(fields: dict[str, Any], lane: int, field: str) -> None:
     async def test() -> None:
         async with stream_to(FakeEngine(step_s=0.01), lanes=True) as (server, _, stream):
-            await stream.submit("first", sampling={"max_tokens": 1000})
+            await stream.submit("first", sampling={"max_tokens": 100_000})
             submit = request("second", **fields)
             await stream.call.write(StepStreamRequest(submit=submit, lane=lane))
             if field == "stop":

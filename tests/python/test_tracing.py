@@ -1,18 +1,16 @@
 """Traces: a client's trace goes on through the gateway and its attempts to the node."""
 
-import asyncio
 import contextlib
 import http.server
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from fake_node import BASE, FakeEngine, serving
+from fake_node import BASE, FakeEngine, serving, until
 from http_site import ask, gateway
 from node_calls import answers, generate, run
 
@@ -129,13 +127,10 @@ def test_what_fails_is_an_error_and_what_the_client_leaves_is_cancelled() -> Non
             failed = site.spans
             site.exporter.clear()
             engine.step_s = 0.01
-            call = generate(site.channel, "r", sampling={"max_tokens": 100})
+            call = generate(site.channel, "r", sampling={"max_tokens": 100_000})
             await call.read()
             call.cancel()
-            for _ in range(500):
-                if site.exporter.get_finished_spans():
-                    break
-                await asyncio.sleep(0.01)
+            await until(lambda: bool(site.exporter.get_finished_spans()), "the span ends")
         assert failed["gateway POST /v1/completions"].attributes["error.type"] == "NOT_FOUND"
         assert failed["node generate"].attributes["error.type"] == "NOT_FOUND"
         assert site.spans["node generate"].attributes["error.type"] == "CANCELLED"
@@ -166,7 +161,9 @@ def test_one_request_of_an_rpc_may_bring_its_parent_as_metadata() -> None:
     run(test)
 
 
-def test_spans_reach_a_collector() -> None:
+def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(otlp, "CLOSE_TIMEOUT_S", 60.0)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
     bodies: list[tuple[str, bytes]] = []
 
     class Collector(http.server.BaseHTTPRequestHandler):
@@ -199,18 +196,18 @@ def test_spans_reach_a_collector() -> None:
 
 def test_a_collector_that_does_not_answer_delays_no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(otlp, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         tracer = open_tracer(f"http://127.0.0.1:{silent.getsockname()[1]}", "loraserve-node")
         assert tracer is not None
         tracer.serve("generate", PARENT, {}).end(None, {})
         closing = threading.Thread(target=tracer.close, daemon=True)
-        started = time.monotonic()
         closing.start()
         exporting, _ = silent.accept()  # it does ask the collector
         with exporting:
-            # The exporter itself would wait for ten seconds.
-            closing.join(5)
-            assert not closing.is_alive(), time.monotonic() - started
+            # The exporter itself would wait for a minute.
+            closing.join(30)
+            assert not closing.is_alive()
 
 
 def test_nothing_is_traced_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +218,7 @@ def test_nothing_is_traced_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) ->
         "import sys, loraserve.node.main, loraserve.gateway.main;"
         "print(sorted(name for name in sys.modules if name.startswith('opentelemetry')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -50,6 +50,7 @@ def test_a_revision_that_never_comes_is_told() -> None:
     async def test() -> None:
         first = routes(1, nodes=[N1], adapters=[pointed(OLD, OLD)])
         async with fake_controller(first) as control, AsyncClient(control.address) as client:
+            await client.wait_routable(["sql"])
             with pytest.raises(DeadlineExceededError, match=f"still means revision {OLD[:12]}"):
                 await client.wait_routable(["sql"], revision=NEW, timeout_s=0.2)
 

@@ -119,7 +119,7 @@ def test_an_unreachable_server_is_unavailable() -> None:
         async with dial("127.0.0.1:1") as channel:
             stub: Any = adapter_pb2_grpc.AdapterServiceStub(channel)
             with pytest.raises(grpc.RpcError) as caught:
-                await stub.GetAdapter(adapter_pb2.GetAdapterRequest(), timeout=5)
+                await stub.GetAdapter(adapter_pb2.GetAdapterRequest(), timeout=60)
             return from_rpc_error(caught.value)
 
     assert type(asyncio.run(run())) is errors.UnavailableError
