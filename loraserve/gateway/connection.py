@@ -62,6 +62,11 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _headers_late(self) -> None:
         self._headers_timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Of a request behind one that is still answered: it gets a new time, and the first
+            # keeps its answer.
+            self._expect_headers()
+            return
         late = f"did not come within {self.headers_timeout_s:g} s"
         self._refuse(408, "headers", late)
 

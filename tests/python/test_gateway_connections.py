@@ -146,6 +146,25 @@ def test_a_body_that_comes_behind_an_answer_does_not_cut_it_off(
     run(test)
 
 
+def test_headers_that_come_behind_an_answer_do_not_cut_it_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(BoundedConnection, "headers_timeout_s", 0.2)
+
+    async def test() -> None:
+        async with (
+            fronted(FakeEngine(step_s=0.05)) as server,
+            connected(server.address) as client,
+        ):
+            await client.request("POST", "/v1/completions", STREAM | {"max_tokens": 20})
+            await client.send(b"GET /health HTTP/1.1\r\n")
+            first = await asyncio.wait_for(client.answer(), 60)
+            assert first.events[-1] == "[DONE]"
+            assert b" 408 " in await client.gone(60)
+
+    run(test)
+
+
 def test_sizes_are_bounded() -> None:
     async def test() -> None:
         async with fronted(FakeEngine(), max_body_bytes=2048) as server:
