@@ -17,7 +17,7 @@ from loraserve.gateway.http import Request
 from loraserve.gateway.logprobs import ChatLogprobs, TokenNames, beside
 from loraserve.gateway.models import resolve
 from loraserve.gateway.prompts import INLINE_CHARACTERS, check_fits
-from loraserve.gateway.sampling import sampling
+from loraserve.gateway.sampling import max_tokens_of, sampling
 from loraserve.gateway.site import GatewaySite
 from loraserve.gateway.streaming import UsageCount, stream_options
 from loraserve.gateway.usage import usage_of
@@ -88,17 +88,6 @@ async def prompt_of(site: GatewaySite, body: Mapping[str, Any], body_bytes: int)
     return await asyncio.to_thread(chat_prompt, site, body)
 
 
-def _max_tokens(body: Mapping[str, Any]) -> int:
-    both = body.get("max_tokens"), body.get("max_completion_tokens")
-    if None not in both and both[0] != both[1]:
-        raise InvalidArgumentError(
-            "max_completion_tokens", f"{both[1]}, but max_tokens is {both[0]}"
-        )
-    given = both[0] if both[1] is None else both[1]
-    # The engine ends where the context does.
-    return MAX_TOKENS if given is None else given
-
-
 def _logprobs(body: Mapping[str, Any]) -> int | None:
     if body.get("logprobs", False):
         count: int = body.get("top_logprobs", 0)
@@ -124,7 +113,8 @@ class ChatCompletions:
         client = self._site.sessions.of(caller)
         request.record.model = body["model"]
         base, adapter = await resolve(client, self._site.names, body["model"])
-        params = sampling(body, _max_tokens(body), _logprobs(body))
+        # The engine ends where the context does.
+        params = sampling(body, max_tokens_of(body, MAX_TOKENS), _logprobs(body))
         n = body.get("n", 1)
         prompt = await prompt_of(self._site, body, request.body_bytes)
         wanted = choices([prompt], n, params, base, adapter)

@@ -18,7 +18,7 @@ from loraserve.gateway.http import Request
 from loraserve.gateway.logprobs import CompletionLogprobs, TokenNames, beside
 from loraserve.gateway.models import resolve
 from loraserve.gateway.prompts import echoes, token_ids
-from loraserve.gateway.sampling import sampling
+from loraserve.gateway.sampling import max_tokens_of, sampling
 from loraserve.gateway.site import GatewaySite
 from loraserve.gateway.streaming import UsageCount, stream_options
 from loraserve.gateway.usage import usage_of
@@ -76,9 +76,10 @@ class Completions:
         client = site.sessions.of(caller)
         request.record.model = body["model"]
         base, adapter = await resolve(client, site.names, body["model"])
-        max_tokens, echo = body.get("max_tokens", DEFAULT_MAX_TOKENS), body.get("echo", False)
+        max_tokens, echo = max_tokens_of(body, DEFAULT_MAX_TOKENS), body.get("echo", False)
         if max_tokens == 0 and not echo:
-            raise InvalidArgumentError("max_tokens", "0 goes with echo")
+            name = "max_tokens" if "max_tokens" in body else "max_completion_tokens"
+            raise InvalidArgumentError(name, "0 goes with echo")
         params = sampling(body, max(1, max_tokens), body.get("logprobs"))
         params = replace(params, prompt_logprobs=echo and params.logprobs is not None)
         n = body.get("n", 1)

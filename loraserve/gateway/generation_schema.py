@@ -162,6 +162,7 @@ COMPLETION: Schema = {
         "max_tokens": _integer(
             0, MAX_TOKENS, "Of the answer; 0 goes with echo.", DEFAULT_MAX_TOKENS
         ),
+        "max_completion_tokens": _integer(0, MAX_TOKENS, "Another name of max_tokens."),
         "logprobs": _integer(
             0, MAX_LOGPROBS, "Log-probabilities of the tokens and of so many likeliest ones."
         ),

@@ -20,6 +20,15 @@ _AS_THEY_ARE = (
 )
 
 
+def max_tokens_of(body: Mapping[str, Any], default: int) -> int:
+    """Of the answer, by either name. Raises InvalidArgumentError where the two differ."""
+    old, new = body.get("max_tokens"), body.get("max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise InvalidArgumentError("max_completion_tokens", f"{new}, but max_tokens is {old}")
+    given = old if new is None else new
+    return default if given is None else given
+
+
 def sampling(body: Mapping[str, Any], max_tokens: int, logprobs: int | None) -> SamplingParams:
     """Raises InvalidArgumentError where fields contradict each other."""
     values: dict[str, Any] = {name: body[name] for name in _AS_THEY_ARE if name in body}

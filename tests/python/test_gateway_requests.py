@@ -49,6 +49,28 @@ def test_a_completion() -> None:
     run(test)
 
 
+def test_the_length_of_an_answer_has_two_names() -> None:
+    async def test() -> None:
+        engine = FakeEngine()
+        async with fronted(engine) as server:
+            for path, body in (("/v1/completions", ASKED), ("/v1/chat/completions", CHAT)):
+                bare = {name: value for name, value in body.items() if name != "max_tokens"}
+                for given in (
+                    {"max_completion_tokens": 2},
+                    {"max_completion_tokens": 2, "max_tokens": 2},
+                    {"max_completion_tokens": None, "max_tokens": 2},
+                    {"max_completion_tokens": 2, "max_tokens": None},
+                ):
+                    answer = await ask(server.address, path, bare | given)
+                    assert answer.status == 200, (given, answer)
+                    assert answer.json["usage"]["completion_tokens"] == 2, given
+            bare = {"model": BASE, "prompt": PROMPT, "max_completion_tokens": 0}
+            answer = await ask(server.address, "/v1/completions", bare)
+            assert (answer.status, answer.error["param"]) == (400, "max_completion_tokens")
+
+    run(test)
+
+
 def test_every_parameter_reaches_the_engine() -> None:
     given: dict[str, Any] = {
         "max_tokens": 7,
@@ -132,6 +154,8 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("/v1/completions", {"prompt": "\ud800"}, 400, "prompt"),
     ("/v1/completions", {"max_tokens": 0}, 400, "max_tokens"),
     ("/v1/completions", {"max_tokens": -1}, 400, "max_tokens"),
+    ("/v1/completions", {"max_completion_tokens": 4}, 400, "max_completion_tokens"),
+    ("/v1/completions", {"max_completion_tokens": -1}, 400, "max_completion_tokens"),
     ("/v1/completions", {"min_tokens": 9}, 400, "min_tokens"),
     ("/v1/completions", {"n": 1 << 40}, 400, "n"),
     ("/v1/completions", {"stop": ["x"] * 17}, 400, "stop"),
