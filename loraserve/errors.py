@@ -4,6 +4,9 @@
 processes, so an error keeps its meaning from the engine to the client.
 """
 
+# How the reason why no node serves an adapter begins, where every node found that it never can.
+REFUSED = "refused: "
+
 
 class LoraServeError(Exception):
     """Base of every error that LoRAServe raises on purpose."""

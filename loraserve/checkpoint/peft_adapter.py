@@ -84,6 +84,7 @@ def _module(
     pair: Mapping[str, str],
     tensors: Mapping[str, _Matrix],
     rules: LoraConfigRules,
+    finite: bool,
 ) -> AdapterModule:
     for side in "AB":
         if side not in pair:
@@ -102,21 +103,24 @@ def _module(
     _check_shape(pair["B"], b, 1, rank)
     if dtype != dtype_b:
         raise UnsupportedError(f"tensor {pair['B']!r}", f"{dtype_b}, but its lora_A is {dtype}")
-    check_finite(f"tensor {pair['A']!r}", a, dtype)
-    check_finite(f"tensor {pair['B']!r}", b, dtype)
+    if finite:
+        check_finite(f"tensor {pair['A']!r}", a, dtype)
+        check_finite(f"tensor {pair['B']!r}", b, dtype)
     return AdapterModule(
         layer, module, rank, scaling, dtype, np.ascontiguousarray(a), np.ascontiguousarray(b)
     )
 
 
-def _source(tensors: Mapping[str, _Matrix], config: Mapping[str, Any]) -> AdapterSource:
+def _source(
+    tensors: Mapping[str, _Matrix], config: Mapping[str, Any], finite: bool = True
+) -> AdapterSource:
     rules = LoraConfigRules(config)
     if not tensors:
         raise InvalidCheckpointError(WEIGHTS_NAME, "holds no tensors")
     return AdapterSource(
         rules.base_name,
         tuple(
-            _module(layer, module, pair, tensors, rules)
+            _module(layer, module, pair, tensors, rules, finite)
             for (layer, module), pair in _group(tensors).items()
         ),
     )
@@ -151,10 +155,11 @@ def peft_files(path: Path) -> tuple[Path, Path]:
     return config, weights
 
 
-def read_peft_directory(path: Path) -> AdapterSource:
+def read_peft_directory(path: Path, *, finite: bool = True) -> AdapterSource:
     """The adapter in a PEFT directory; its matrices are views of the mapped file.
 
-    Raises InvalidCheckpointError or UnsupportedError, naming the field, file or tensor.
+    `finite`: looks at every weight, and refuses NaN and infinite ones. Raises
+    InvalidCheckpointError or UnsupportedError, naming the field, file or tensor.
     """
     config_path, weights_path = peft_files(path)
     with config_path.open("rb") as file:
@@ -162,4 +167,5 @@ def read_peft_directory(path: Path) -> AdapterSource:
         raw = file.read(MAX_CONFIG_BYTES + 1)
     config = parse_object(CONFIG_NAME, raw, MAX_CONFIG_BYTES)
     views = open_safetensors(weights_path)
-    return _source({name: (view.dtype, view.data) for name, view in views.items()}, config)
+    tensors = {name: (view.dtype, view.data) for name, view in views.items()}
+    return _source(tensors, config, finite)

@@ -18,11 +18,13 @@ from loraserve.client.route_table import RouteTable, static_table
 from loraserve.client.route_watch import RouteWatch
 from loraserve.client.routing import Router, RouteRequest
 from loraserve.client.step_mux import StepMux
-from loraserve.client.types import Chunk, Completion, Prompt
+from loraserve.client.types import AdapterInfo, Chunk, Completion, Prompt
 from loraserve.errors import (
+    REFUSED,
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
+    NotFoundError,
 )
 from loraserve.sampling_params import SamplingParams
 from loraserve.security.tls import TlsFiles
@@ -241,7 +243,7 @@ class AsyncClient:
 
         `revision`: the adapters named mean it by then, as after an update, whose answer comes
         before routes tell of it. Raises DeadlineExceededError, which names one that has none and
-        why.
+        why; at once FailedPreconditionError where every node has found that it can never load one.
         """
         watch = self._site.watch
         if watch is None:
@@ -252,10 +254,35 @@ class AsyncClient:
         end = loop.time() + timeout_s
         await watch.first_table(timeout_s)
         while (missing := self._missing(names, base, revision)) is not None:
+            self._check_loadable(names, base, revision)
             left = end - loop.time()
             if left <= 0:
                 raise DeadlineExceededError("timeout_s", f"{timeout_s:g} s have passed: {missing}")
             await watch.changed(left)
+
+    async def wait_admitted(self, added: Iterable[AdapterInfo], *, timeout_s: float = 30.0) -> None:
+        """As `wait_routable`, of adapters that were just added. One that no node can ever load is
+        taken back: its name is free again when FailedPreconditionError says why."""
+        end = asyncio.get_running_loop().time() + timeout_s
+        refused: FailedPreconditionError | None = None
+        for info in added:
+            left = max(0.0, end - asyncio.get_running_loop().time())
+            try:
+                await self.wait_routable(
+                    [info.name], base=info.base, timeout_s=left, revision=info.revision
+                )
+            except FailedPreconditionError as error:
+                refused = refused or error
+                with contextlib.suppress(NotFoundError):
+                    await self._take_back(info)
+        if refused is not None:
+            raise refused
+
+    async def _take_back(self, info: AdapterInfo) -> None:
+        """Unless the name means something else by now. Raises NotFoundError where it is gone."""
+        current = await self.adapters.get(info.name, base=info.base)
+        if current.revision == info.revision and current.unrouted_reason.startswith(REFUSED):
+            await self.adapters.remove(info.name, base=info.base)
 
     async def wait_table(self, timeout_s: float = 3.0) -> None:
         """Returns when there is a route table, at once where there is one. Raises
@@ -275,6 +302,15 @@ class AsyncClient:
             self._watch()
             await watch.changed(left)
         return True
+
+    def _check_loadable(self, names: Sequence[str], base: str, revision: str | None) -> None:
+        """Raises FailedPreconditionError where no node ever serves one of them."""
+        for name in names:
+            route = self._site.router.table.find(base, name)
+            if route is None or revision not in (None, route.revision):
+                continue  # what is told of the name may be of an adapter that was removed
+            if route.unrouted_reason.startswith(REFUSED):
+                raise FailedPreconditionError("adapter", f"{name!r}: {route.unrouted_reason}")
 
     def _missing(self, names: Sequence[str], base: str, revision: str | None) -> str | None:
         router = self._site.router

@@ -247,6 +247,10 @@ class Client:
             self._client.wait_routable(adapters, base=base, timeout_s=timeout_s, revision=revision)
         )
 
+    def wait_admitted(self, added: Iterable[AdapterInfo], *, timeout_s: float = 30.0) -> None:
+        """See AsyncClient.wait_admitted."""
+        self._loop.run(self._client.wait_admitted(added, timeout_s=timeout_s))
+
     def close(self) -> None:
         """Ends what runs with UnavailableError. Idempotent."""
         with contextlib.suppress(UnavailableError):

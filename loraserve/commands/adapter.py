@@ -102,16 +102,21 @@ def _add(arguments: argparse.Namespace) -> int:
     with connect(arguments) as client:
         if arguments.wait is not None:  # also for the cluster itself
             client.wait_routable((), timeout_s=arguments.wait)
+        added = True
         try:
             info = client.adapters.add(arguments.name, packed, **options)
         except AlreadyExistsError as error:
             if not arguments.replace:
                 raise AlreadyExistsError("name", f"{error.message} (--replace)") from None
             info = client.adapters.update(arguments.name, packed, **options)
+            added = False
         if arguments.wait is not None:
-            client.wait_routable(
-                [info.name], base=info.base, timeout_s=arguments.wait, revision=info.revision
-            )
+            if added:
+                client.wait_admitted([info], timeout_s=arguments.wait)
+            else:
+                client.wait_routable(
+                    [info.name], base=info.base, timeout_s=arguments.wait, revision=info.revision
+                )
             info = client.adapters.get(info.name, base=info.base)
         _print_one(info)
     return 0

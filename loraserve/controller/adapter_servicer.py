@@ -11,6 +11,8 @@ from typing import Any
 from loraserve.checkpoint.durable_store import DurableStore
 from loraserve.controller.admission import Admission, PackedFacts, check_base, in_time
 from loraserve.controller.convert import adapter_to_wire
+from loraserve.controller.events import NodeRecord
+from loraserve.controller.fitting import check_fits, check_room
 from loraserve.controller.registry import AdapterRegistry
 from loraserve.controller.runtime import Runtime
 from loraserve.controller.store import AdapterRecord
@@ -50,11 +52,12 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         name = check_name("name", about.name)
         adapter = AdapterId(current_identity().tenant, self._base(about.base), name)
         self._registry.check_free(adapter)  # before the bytes, not only after them
+        check_room(about.size_bytes, adapter.base, self._nodes(adapter.base))
         await context.send_initial_metadata(UPLOAD_ACCEPTED)
         chunks = _chunks(requests)
         receiving = self._admission.receive(adapter.tenant, about.size_bytes, chunks)
         async with receiving as (path, facts):
-            self._check_base(facts, adapter.base, about.allow_base_mismatch)
+            self._check(facts, adapter.base, about.allow_base_mismatch)
             spec = AdapterSpec(adapter, facts.revision, facts.size_bytes, facts.max_rank)
             record = await self._registry.add(spec, path)
         return adapter_pb2.CreateAdapterResponse(adapter=self._show(record))
@@ -75,10 +78,11 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             record = await self._registry.update(earlier[0], None, expected)
         else:
             chunks = _chunks(requests)
+            check_room(about.size_bytes, known.adapter.base, self._nodes(known.adapter.base))
             await context.send_initial_metadata(UPLOAD_ACCEPTED)
             tenant = known.adapter.tenant
             async with self._admission.receive(tenant, about.size_bytes, chunks) as (path, facts):
-                self._check_base(facts, known.adapter.base, about.allow_base_mismatch)
+                self._check(facts, known.adapter.base, about.allow_base_mismatch)
                 spec = AdapterSpec(known.adapter, facts.revision, facts.size_bytes, facts.max_rank)
                 record = await self._registry.update(spec, path, expected)
         return adapter_pb2.UpdateAdapterResponse(adapter=self._show(record))
@@ -138,10 +142,17 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             )
         return known.pop()
 
-    def _check_base(self, facts: PackedFacts, base: str, allow_mismatch: bool) -> None:
-        records = [node.record for node in self._runtime.state.nodes.values()]
-        digests = {r.base_digest for r in records if r.base == base and r.base_digest}
+    def _nodes(self, base: str) -> list[NodeRecord]:
+        """Those that serve the base."""
+        records = (node.record for node in self._runtime.state.nodes.values())
+        return [record for record in records if record.base == base]
+
+    def _check(self, facts: PackedFacts, base: str, allow_mismatch: bool) -> None:
+        """Raises FailedPreconditionError where no node could ever serve it under this base."""
+        nodes = self._nodes(base)
+        digests = {record.base_digest for record in nodes if record.base_digest}
         check_base(facts, base, digests, allow_mismatch)
+        check_fits(facts, base, nodes)
 
     def _named(self, ref: common_pb2.AdapterRef) -> AdapterRecord:
         if ref.HasField("revision"):

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
+from loraserve.checkpoint.base_names import check_base_name
+from loraserve.checkpoint.base_names import same_base as same_base
+from loraserve.checkpoint.packed_header import ModuleEntry
 from loraserve.checkpoint.packed_stream import PackedStream
 from loraserve.errors import (
     DeadlineExceededError,
@@ -46,6 +49,7 @@ class PackedFacts:
     size_bytes: int
     max_rank: int
     base_digest: str = ""
+    modules: tuple[ModuleEntry, ...] = ()
 
 
 class UploadCheck(Protocol):
@@ -75,6 +79,7 @@ class PackedCheck:
             header.size_bytes,
             header.max_rank,
             header.base_digest or "",
+            header.entries,
         )
 
 
@@ -201,11 +206,8 @@ def check_base(facts: PackedFacts, base: str, digests: set[str], allow_mismatch:
             raise FailedPreconditionError(
                 "base",
                 f"the adapter was made for weights {facts.base_digest}, those of {base!r} are "
-                f"{', '.join(sorted(digests))}; allow_base_mismatch admits it all the same",
+                f"{', '.join(sorted(digests))}; --allow-base-mismatch (allow_base_mismatch in "
+                "code) admits it all the same",
             )
-    elif facts.base_name and facts.base_name != base:
-        raise FailedPreconditionError(
-            "base",
-            f"the adapter was made for {facts.base_name!r}, not {base!r}; "
-            "allow_base_mismatch admits it all the same",
-        )
+    else:
+        check_base_name(facts.base_name, base)

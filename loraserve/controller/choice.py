@@ -13,6 +13,7 @@ from loraserve.controller.routes import (
     RouteHolder,
 )
 from loraserve.controller.targets import Target
+from loraserve.errors import REFUSED
 from loraserve.placement.types import AdapterId
 
 
@@ -54,9 +55,11 @@ class RouteChoice:
     def _why(self, adapter: AdapterId) -> str:
         """Never empty."""
         spec = self._catalog.history(adapter)[0]
-        failed = self._failures.why((adapter, spec.revision))
+        key = (adapter, spec.revision)
+        failed = self._failures.why(key)
         if failed:
-            return failed
+            refusers = self._failures.refusers(key)
+            return f"{REFUSED}{failed}" if refusers and self._able(adapter) <= refusers else failed
         if adapter in self._planner.unplaced:
             return self._planner.unplaced[adapter]
         wanted = self._planner.targets[adapter].nodes
@@ -65,6 +68,11 @@ class RouteChoice:
         if present:
             return f"loading on {', '.join(present)}"
         return f"waiting for {', '.join(wanted)}" if wanted else "waiting for placement"
+
+    def _able(self, adapter: AdapterId) -> set[str]:
+        """The nodes that might serve the adapter."""
+        nodes = self._members.nodes.items()
+        return {n for n, node in nodes if node.record.base == adapter.base and not node.draining}
 
     @staticmethod
     def of_node(node: Node) -> NodeRoute:

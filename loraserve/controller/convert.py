@@ -5,6 +5,7 @@ from itertools import chain
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from loraserve.checkpoint.model_shape import ModelShape
 from loraserve.controller.events import (
     Copy,
     CopyHolder,
@@ -25,6 +26,9 @@ from loraserve.wire import split_address
 
 # Of the routes in one message of a watch: well below the limit, whatever a route has in it.
 ROUTES_BYTES = 1 << 20
+# Codes (of google.rpc.Code) of errors that stay: INVALID_ARGUMENT and FAILED_PRECONDITION; and
+# RESOURCE_EXHAUSTED where the node does not say when to come again.
+_STAYS, _MAY_STAY = frozenset({3, 9}), 8
 # A node's own words, as far as they are told in routes.
 MAX_REASON_CHARACTERS = 300
 # Told with a drop: enough for a request to find one that still holds the adapter.
@@ -89,6 +93,28 @@ def node_from_wire(message: controller_pb2.RegisterNodeRequest) -> NodeRecord:
         message.limits.max_rank,
         next((d.failure_domain[:64] for d in message.devices if d.failure_domain), ""),
         message.relative_speed or 1.0,
+        _shape_from_wire(message.shape) if message.HasField("shape") else None,
+    )
+
+
+def _shape_from_wire(message: common_pb2.ModelShape) -> ModelShape:
+    """Raises InvalidArgumentError."""
+    shape = ModelShape(
+        message.num_layers,
+        message.hidden_size,
+        message.q_size,
+        message.kv_size,
+        message.intermediate_size,
+    )
+    if min(vars(shape).values()) < 1:
+        raise InvalidArgumentError("shape", "has a size that is not over 0")
+    return shape
+
+
+def _stays(error: common_pb2.ErrorDetail) -> bool:
+    """Whether the same load would end the same way again."""
+    return error.code in _STAYS or (
+        error.code == _MAY_STAY and not error.HasField("retry_after_ms")
     )
 
 
@@ -102,7 +128,8 @@ def heartbeat_from_wire(message: controller_pb2.HeartbeatRequest) -> Heartbeat:
             raise InvalidArgumentError("residency.state", f"{r.state} is unknown") from None
         revision = check_revision("residency.revision", r.revision)
         adapter = adapter_id_from_wire(r.adapter)
-        copies.append(Copy(adapter, revision, state, r.error.message, r.size_bytes))
+        refused = state is Residency.FAILED and _stays(r.error)
+        copies.append(Copy(adapter, revision, state, r.error.message, r.size_bytes, refused))
     removed = tuple(
         (adapter_id_from_wire(r.adapter), check_revision("removed.revision", r.revision))
         for r in message.removed

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from loraserve.checkpoint.model_shape import ModelShape
 from loraserve.controller.placing import PlacementAnswer, PlacementQuestion
 from loraserve.controller.residency import Residency as Residency
 from loraserve.controller.routes import RouteDelta
@@ -13,7 +14,8 @@ from loraserve.placement.types import AdapterId, AdapterSpec
 @dataclass(frozen=True)
 class NodeRecord:
     """A node as it registered itself. `domain`: nodes that fail together carry the same word; ""
-    is a domain of its own. `speed` is relative to the profile that placement counts with."""
+    is a domain of its own. `speed` is relative to the profile that placement counts with. `shape`:
+    of the base model; None where the node does not say."""
 
     node_id: str
     incarnation: int
@@ -24,17 +26,20 @@ class NodeRecord:
     max_rank: int = 0
     domain: str = ""
     speed: float = 1.0
+    shape: ModelShape | None = None
 
 
 class Copy(NamedTuple):
     """One revision on one node, as the node reports it. `error` says why, where it failed;
-    `size_bytes` is what it takes there, 0 where the node does not say."""
+    `size_bytes` is what it takes there, 0 where the node does not say. `refused`: it failed for a
+    reason that trying again there does not change."""
 
     adapter: AdapterId
     revision: str
     state: Residency
     error: str = ""
     size_bytes: int = 0
+    refused: bool = False
 
 
 class CopyHolder(NamedTuple):

@@ -17,6 +17,7 @@ class _Failure:
     why: str
     retry_tick: int
     last_tick: int
+    refused: bool
 
 
 _Place = tuple[str, str]  # node id and revision
@@ -28,14 +29,16 @@ class LoadFailures:
     def __init__(self) -> None:
         self._failures: dict[AdapterId, dict[_Place, _Failure]] = {}
 
-    def record(self, node_id: str, key: CopyKey, why: str, tick: int) -> bool:
-        """Whether placement should avoid the pair from now on."""
+    def record(
+        self, node_id: str, key: CopyKey, why: str, tick: int, refused: bool = False
+    ) -> bool:
+        """Whether placement should avoid the pair from now on. `refused`: as in Copy."""
         adapter, revision = key
         known = self._failures.setdefault(adapter, {})
         before = known.get((node_id, revision))
         count = before.count + 1 if before else 1
         retry = tick + min(2**count, MAX_BACKOFF_TICKS)
-        known[node_id, revision] = _Failure(count, why, retry, tick)
+        known[node_id, revision] = _Failure(count, why, retry, tick, refused)
         return count >= FAILURES_TO_FORBID
 
     def succeeded(self, node_id: str, key: CopyKey) -> None:
@@ -72,6 +75,13 @@ class LoadFailures:
             if revision == key[1]:
                 return f"loading failed on {node_id}: {failure.why}"
         return None
+
+    def refusers(self, key: CopyKey) -> frozenset[str]:
+        """The nodes that can never load the revision, as they found."""
+        known = self._failures.get(key[0], {})
+        return frozenset(
+            n for (n, revision), f in known.items() if revision == key[1] and f.refused
+        )
 
     def forget_node(self, node_id: str) -> set[AdapterId]:
         """Which adapters had failed there."""

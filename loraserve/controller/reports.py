@@ -41,7 +41,7 @@ class Reports:
             elif not 0 <= size <= MAX_BYTES:
                 self.count("size out of range")
                 size = 0
-            found[key] = copy if size == copy.size_bytes else Copy(*copy[:-1], size)
+            found[key] = copy if size == copy.size_bytes else copy._replace(size_bytes=size)
         return found
 
     def demand(self, beat: Heartbeat) -> Iterator[DemandSample]:

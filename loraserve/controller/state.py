@@ -217,7 +217,7 @@ class ControllerState(StateView):
             if copy is None or (was is not None and was.state is copy.state):
                 continue
             if copy.state is Residency.FAILED:
-                self._fail(node, key, copy.error)
+                self._fail(node, key, copy.error, copy.refused)
             if was is None and self.revision(*key) is None:
                 self._reports.count("copy of an unknown revision")
         by_id = {sent.command_id: key for key, sent in node.loads.items()} if beat.failed else {}
@@ -225,12 +225,12 @@ class ControllerState(StateView):
             if command_id in by_id:
                 self._fail(node, by_id[command_id], why)
 
-    def _fail(self, node: Node, key: CopyKey, why: str) -> None:
+    def _fail(self, node: Node, key: CopyKey, why: str, refused: bool = False) -> None:
         node.forget_load(key)
         self._peers.end(node.record.node_id, key)
         self._dirty.add(key[0])
         if key[0] in self._catalog and self._failures.record(
-            node.record.node_id, key, why, self._tick
+            node.record.node_id, key, why, self._tick, refused
         ):
             self._planner.request(self._tick)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from loraserve import _engine
+from loraserve.checkpoint.base_names import same_base
 from loraserve.checkpoint.packed_adapter import (
     PackedAdapter,
     load_adapter_source,
@@ -90,7 +91,7 @@ class AdapterTable:
                 f"{self._base_digest}",
             )
         # Of the same weights under another name, the weights count.
-        if digest is None and name and adapter.base_name and adapter.base_name != name:
+        if digest is None and name and adapter.base_name and not same_base(adapter.base_name, name):
             raise FailedPreconditionError(
                 "base", f"the adapter was trained on {adapter.base_name!r}, this is {name!r}"
             )

@@ -1,13 +1,18 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, with vLLM's bodies."""
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from loraserve.checkpoint.base_names import names_directory
+from loraserve.checkpoint.packed_adapter import PackedAdapter, load_adapter_source
 from loraserve.client.route_table import RouteTable
 from loraserve.errors import (
     AlreadyExistsError,
+    FailedPreconditionError,
     InvalidArgumentError,
     LoraServeError,
     NotFoundError,
@@ -19,6 +24,7 @@ from loraserve.gateway.models import table_of
 from loraserve.gateway.schema import Schema
 from loraserve.gateway.site import GatewaySite
 from loraserve.named_files import wrong
+from loraserve.named_files import why
 from loraserve.security.identity import check_name
 
 ROUTABLE_TIMEOUT_S = 60.0
@@ -128,6 +134,26 @@ def _named_as_asked() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _about_the_path() -> Iterator[None]:
+    """What is wrong with an adapter itself, a tensor or a field of its files, is the path's."""
+    try:
+        yield
+    except (InvalidArgumentError, FailedPreconditionError) as error:
+        if error.field not in _FIELDS and error.field not in LOAD["properties"]:
+            error.message = f"{error.field}: {error.message}"
+            error.field = "lora_path"
+        raise
+
+
+def _read(path: Path) -> PackedAdapter:
+    """Blocks. Raises InvalidArgumentError where it is none, or cannot be read."""
+    try:
+        return load_adapter_source(path)
+    except OSError as error:
+        raise InvalidArgumentError("lora_path", f"cannot be read: {why(error)}") from None
+
+
 class LoadAdapter:
     schema = LOAD
 
@@ -146,19 +172,35 @@ class LoadAdapter:
         name = site.names.check_new(body["lora_name"], await table_of(client))
         base = site.names.base_of(body.get("base_model_name"))
         path = self._roots.find(body["lora_path"])
-        mismatch = site.allow_base_mismatch
-        try:
-            info = await client.adapters.add(name, path, base=base, allow_base_mismatch=mismatch)
-        except AlreadyExistsError:
-            if not body.get("load_inplace", False):
-                raise
-            info = await client.adapters.update(name, path, base=base, allow_base_mismatch=mismatch)
+        added = True
+        with _about_the_path():
+            packed = await asyncio.to_thread(_read, path)
+            about: Any = {"base": base, "allow_base_mismatch": self._allows(packed)}
+            try:
+                info = await client.adapters.add(name, packed, **about)
+            except AlreadyExistsError:
+                if not body.get("load_inplace", False):
+                    raise
+                info = await client.adapters.update(name, packed, **about)
+                added = False
         await client.wait_routes(
             lambda table: _revision(table, info.base, name) == info.revision, ROUTES_TIMEOUT_S
         )
-        await client.wait_routable([name], base=info.base, timeout_s=ROUTABLE_TIMEOUT_S)
+        if added:
+            with _about_the_path():
+                await client.wait_admitted([info], timeout_s=ROUTABLE_TIMEOUT_S)
+        else:
+            await client.wait_routable([name], base=info.base, timeout_s=ROUTABLE_TIMEOUT_S)
         text = f"Success: LoRA adapter '{name}' added successfully."
         await request.send_bytes(text.encode(), content_type=b"text/plain; charset=utf-8")
+
+    def _allows(self, packed: PackedAdapter) -> bool:
+        """Whether it may enter whatever base it names: also where that is the very directory which
+        is served, and no digest says otherwise."""
+        served = self._site.model_directory
+        if self._site.allow_base_mismatch or served is None or packed.base_digest is not None:
+            return self._site.allow_base_mismatch
+        return names_directory(packed.base_name, served)
 
 
 class UnloadAdapter:

@@ -139,6 +139,7 @@ class GatewayServer:
             _read_template(options, tokenizer),
             GatewayMetrics(),
             context_tokens=_context(options.tokenizer),
+            model_directory=options.tokenizer,
             allow_base_mismatch=options.allow_base_mismatch,
             max_body_bytes=options.max_body_bytes,
             tracer=options.tracer,

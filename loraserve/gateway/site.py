@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from loraserve.errors import UnavailableError
 from loraserve.gateway.metrics import GatewayGauges, GatewayMetrics
@@ -20,7 +21,8 @@ _AGAIN_S = 0.2
 
 @dataclass
 class GatewaySite:
-    """`tokenizer` is None where the gateway was given none: chats and token texts are refused."""
+    """`tokenizer` is None where the gateway was given none: chats and token texts are refused.
+    `model_directory`: where it came from, which is that of the base model."""
 
     sessions: Sessions
     names: ModelNames
@@ -28,6 +30,7 @@ class GatewaySite:
     template: ChatTemplate | None
     metrics: GatewayMetrics
     context_tokens: int | None = None
+    model_directory: Path | None = None
     allow_base_mismatch: bool = False
     max_body_bytes: int = MAX_BODY_BYTES
     tracer: Tracer | None = None

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from loraserve.checkpoint.model_shape import ModelShape
 from loraserve.sampling_params import SamplingParams
 
 
@@ -162,12 +163,13 @@ class ServedEngine(Protocol):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The base model of a node. `base_digest` is empty where it is not known."""
+    """The base model of a node. `base_digest` is empty, `shape` None where it is not known."""
 
     base: str
     base_digest: str
     context_tokens: int
     vocabulary_size: int
+    shape: ModelShape | None = None
 
 
 @dataclass(frozen=True)

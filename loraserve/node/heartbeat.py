@@ -146,6 +146,7 @@ class ControllerLink:
                 software_version=software_version(),
                 relative_speed=node.relative_speed,
                 heard_epoch=self.epoch,
+                shape=node.wire_shape,
             ),
             timeout=_CALL_TIMEOUT_S,
             metadata=self._client.metadata,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from loraserve.checkpoint.model_shape import shape_of
 from loraserve.checkpoint.packed_adapter import PackedAdapter, load_adapter_source
 from loraserve.errors import InvalidArgumentError
 from loraserve.named_files import named, wrong
@@ -57,7 +58,11 @@ def open_model(options: ModelOptions) -> LoadedModel:
         engine = Engine(config)
     model = engine.model_config
     facts = ModelFacts(
-        options.base_name, engine.base_digest or "", model.max_position, model.vocab_size
+        options.base_name,
+        engine.base_digest or "",
+        model.max_position,
+        model.vocab_size,
+        shape_of(model),
     )
     return LoadedModel(engine, facts)
 

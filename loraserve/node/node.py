@@ -81,6 +81,12 @@ class Node:
         return common_pb2.BaseModel(name=self.facts.base, digest=self.facts.base_digest)
 
     @property
+    def wire_shape(self) -> common_pb2.ModelShape | None:
+        """What adapters must fit, where that is known."""
+        shape = self.facts.shape
+        return None if shape is None else common_pb2.ModelShape(**vars(shape))
+
+    @property
     def wire_limits(self) -> node_pb2.NodeLimits:
         return node_pb2.NodeLimits(
             context_tokens=self.facts.context_tokens,

@@ -53,7 +53,8 @@ def test_a_packed_adapter_is_admitted_as_it_is(tmp_path: Path) -> None:
     data = packed(digest=DIGEST)
     facts, written = asyncio.run(admit(Admission(tmp_path), data))
     assert written == data
-    assert facts == PackedFacts(parse_packed(data).revision, "base", len(data), 3, DIGEST)
+    header = parse_packed(data).header
+    assert facts == PackedFacts(header.revision, "base", len(data), 3, DIGEST, header.entries)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,6 +192,8 @@ def test_an_upload_that_stops_is_ended(tmp_path: Path, monkeypatch: pytest.Monke
     ("name", "digest", "known", "fits"),
     [
         ("base", "", set(), True),
+        ("/home/ann/models/Base/", "", {DIGEST}, True),
+        ("org/base", "", set(), True),
         ("", "", {DIGEST}, True),
         ("other", "", {DIGEST}, False),
         ("other", DIGEST, set(), False),
@@ -203,6 +206,6 @@ def test_the_base_must_fit(name: str, digest: str, known: set[str], fits: bool) 
     if fits:
         check_base(facts, "base", known, False)
     else:
-        with pytest.raises(FailedPreconditionError, match=r"base: .*allow_base_mismatch"):
+        with pytest.raises(FailedPreconditionError, match=r"base: .*--allow-base-mismatch"):
             check_base(facts, "base", known, False)
     check_base(facts, "base", known, True)

@@ -1,0 +1,48 @@
+"""When two names of a base model mean the same one.
+
+PEFT writes down where the trainer had the model: an id of the Hub, or a path of its machine. So
+names are compared by what both spellings have: the last part.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from loraserve.errors import FailedPreconditionError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether the names mean one model: their last parts are equal, or, of two ids of the Hub
+    (`org/name`), the whole. Upper and lower case are alike."""
+    one, other = _cleaned(one), _cleaned(other)
+    if _HUB_ID.fullmatch(one) and _HUB_ID.fullmatch(other):
+        return one == other
+    return one.rpartition("/")[2] == other.rpartition("/")[2] != ""
+
+
+def _cleaned(name: str) -> str:
+    """Lower case, with the separators of POSIX and none at the end."""
+    return name.strip().replace("\\", "/").rstrip("/").lower()
+
+
+def names_directory(name: str, directory: Path) -> bool:
+    """Whether the base's name is a path to this very directory, links followed."""
+    if not name:
+        return False
+    try:
+        return os.path.realpath(os.path.expanduser(name)) == os.path.realpath(directory)
+    except (OSError, ValueError):  # no path at all
+        return False
+
+
+def check_base_name(name: str, base: str) -> None:
+    """Raises FailedPreconditionError where an adapter that names its base names another one. An
+    empty name says nothing."""
+    if name and not same_base(name, base):
+        raise FailedPreconditionError(
+            "base",
+            f"the adapter was made for {name!r}, not {base!r}; --allow-base-mismatch "
+            "(allow_base_mismatch in code) admits it all the same",
+        )
