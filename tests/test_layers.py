@@ -56,9 +56,9 @@ PYTHON_FLOORS: dict[str, set[str]] = (
     | {"gateway": GROUND | MIDDLE | {"client"}}
     # The top: commands and the demo.
     | {"cli": GROUND | MIDDLE | UPPER | {"commands", "demo"}}
-    | {"commands": GROUND | MIDDLE | UPPER | {"demo", "sim", "profiler", "serve"}}
+    | {"commands": GROUND | MIDDLE | UPPER | {"demo", "sim", "profiler", "serve", "gateway"}}
     # Starts the daemons as processes, by their names.
-    | {"serve": GROUND | {"client"}}
+    | {"serve": GROUND | {"client", "checkpoint", "text"}}
     | {"demo": GROUND | MIDDLE | UPPER, "profiler": GROUND | MIDDLE}
 )
 PYTHON_FLOORS["__init__"] = GROUND | {"engine", "client"}

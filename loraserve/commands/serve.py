@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from loraserve.checkpoint.adapter_source import MAX_RANK
-from loraserve.checkpoint.model_config import read_model_config
-from loraserve.checkpoint.packed_adapter import check_adapter_path
 from loraserve.command_line import HelpFormatter, exit_code, told
+from loraserve.commands.daemon_words import check_words
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
 from loraserve.demo.skills import SKILLS
-from loraserve.errors import InvalidArgumentError, InvalidCheckpointError, LoraServeError
+from loraserve.errors import InvalidArgumentError, LoraServeError
 from loraserve.logs import FORMATS, LEVELS, set_up_logs
-from loraserve.named_files import named
 from loraserve.option_sources import OptionSources, section_words
-from loraserve.security import KeyRing
+from loraserve.serve.check import check_start
 from loraserve.serve.options import ServeOptions
 from loraserve.serve.tree import serve
-from loraserve.text.tokenizer import TOKENIZER_NAME
 from loraserve.wire import is_loopback
 
 _log = logging.getLogger("loraserve.serve")
@@ -205,7 +202,9 @@ def _options(arguments: argparse.Namespace) -> ServeOptions:
         )
     adapters = dict(arguments.adapter)
     if len(adapters) != len(arguments.adapter):
-        raise InvalidArgumentError("adapter", "a name is given twice")
+        names = [name for name, _ in arguments.adapter]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidArgumentError("adapter", f"{twice!r} is given twice")
     base = arguments.base or models[0].resolve().name
     if arguments.demo:
         base = arguments.base or MODEL_NAME
@@ -230,24 +229,9 @@ def _options(arguments: argparse.Namespace) -> ServeOptions:
         drain_timeout_s=arguments.drain_timeout_s,
         extra=_extra(arguments),
     )
-    _check_files(options)
+    check_words(options.extra)
+    check_start(options)
     return options
-
-
-def _check_files(options: ServeOptions) -> None:
-    """What a look tells at once, before anything is started. Raises InvalidArgumentError."""
-    with named("model", options.model):
-        read_model_config(options.model)
-        if not (options.model / TOKENIZER_NAME).is_file():
-            raise InvalidCheckpointError(TOKENIZER_NAME, "is missing")
-    for path in options.adapters.values():
-        with named("adapter", path):
-            check_adapter_path(path)
-    if options.chat_template is not None:
-        with named("chat-template", options.chat_template):
-            options.chat_template.read_text("utf-8")
-    if options.keys is not None:
-        KeyRing.load(options.keys)
 
 
 def _exposed(options: ServeOptions) -> str | None:

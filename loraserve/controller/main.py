@@ -144,10 +144,16 @@ def _check(arguments: argparse.Namespace) -> None:
         _parser().error("--metrics-port-file goes with --metrics-listen")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked by themselves. Exits like argparse where they cannot work."""
     arguments = _parser().parse_args(argv)
     _check(arguments)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
+    arguments = parse_arguments(argv)
     gc.set_threshold(*GC_THRESHOLDS)
     return run_daemon(
         "loraserve-controller", arguments, _log, lambda: ControllerServer(_options(arguments))

@@ -23,8 +23,7 @@ from loraserve.gateway.http import Request
 from loraserve.gateway.models import table_of
 from loraserve.gateway.schema import Schema
 from loraserve.gateway.site import GatewaySite
-from loraserve.named_files import wrong
-from loraserve.named_files import why
+from loraserve.named_files import why, wrong
 from loraserve.security.identity import check_name
 
 ROUTABLE_TIMEOUT_S = 60.0

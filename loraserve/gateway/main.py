@@ -164,10 +164,16 @@ def _run_loop() -> Callable[[Coroutine[Any, Any, None]], None]:
     return uvloop.run
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked by themselves. Exits like argparse where they cannot work."""
     arguments = _parser().parse_args(argv)
     _check(arguments)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
+    arguments = parse_arguments(argv)
     return run_daemon(
         "loraserve-gateway",
         arguments,

@@ -220,10 +220,16 @@ def _options(arguments: argparse.Namespace, model: ModelOptions) -> NodeOptions:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked by themselves. Exits like argparse where they cannot work."""
     arguments = _parser().parse_args(argv)
     _check(arguments)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after a signal, 2 where it cannot start (one line on stderr says why)."""
+    arguments = parse_arguments(argv)
 
     def make() -> NodeServer:
         model = _model_options(arguments)

@@ -103,6 +103,14 @@ def _ends_its_line(path: Path) -> bool:
         return file.read() in (b"", b"\n")
 
 
+def check_key(key: str) -> None:
+    """Whether a key that a person made may be one. Raises InvalidArgumentError."""
+    if not 8 <= len(key) <= MAX_KEY_CHARACTERS or not re.fullmatch(r"[!-~]+", key):
+        raise InvalidArgumentError(
+            "key", f"needs 8 to {MAX_KEY_CHARACTERS} characters of ASCII, without spaces"
+        )
+
+
 def create_key(path: Path, name: str, tenant: str, role: Role, key: str | None = None) -> str:
     """Makes a key, appends its hash to the key file (made with mode 0600) and returns the key.
 
@@ -117,10 +125,8 @@ def create_key(path: Path, name: str, tenant: str, role: Role, key: str | None =
         raise InvalidArgumentError("name", f"{name!r} has a key in {path} already")
     if key is None:
         key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
-    elif not 8 <= len(key) <= MAX_KEY_CHARACTERS or not re.fullmatch(r"[!-~]+", key):
-        raise InvalidArgumentError(
-            "key", f"needs 8 to {MAX_KEY_CHARACTERS} characters of ASCII, without spaces"
-        )
+    else:
+        check_key(key)
     entry = {"name": name, "tenant": tenant, "role": role.value, "sha256": _digest(key)}
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "a", encoding="utf-8") as file:

@@ -11,6 +11,8 @@ from loraserve.security.identity import check_base, check_name
 from loraserve.wire import is_loopback, split_address
 
 MAX_NODES = 64
+MAX_SECONDS = 86400
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,22 @@ class ServeOptions:
         check_base("base", self.base)
         for name in self.adapters:
             check_name("adapter", name)
+            if name in (self.base, *self.aliases):
+                raise InvalidArgumentError("adapter", f"{name!r} is a name of the base model")
         if not 1 <= self.nodes <= MAX_NODES:
             raise InvalidArgumentError("nodes", f"{self.nodes} is not within 1 and {MAX_NODES}")
+        if self.device not in DEVICES:
+            raise InvalidArgumentError("device", f"{self.device!r} is none of {', '.join(DEVICES)}")
+        if self.threads < 0:
+            raise InvalidArgumentError("threads", f"{self.threads}: at least 0")
+        for name, value, lowest in (
+            ("start-timeout-s", self.start_timeout_s, 0.001),
+            ("drain-timeout-s", self.drain_timeout_s, 0),
+        ):
+            if not lowest <= value <= MAX_SECONDS:
+                raise InvalidArgumentError(
+                    name, f"{value:g} is not within {lowest} and {MAX_SECONDS}"
+                )
         if not self.model.is_dir():
             raise wrong("model", self.model, "is no directory")
         for root in self.adapter_roots:

@@ -28,6 +28,12 @@ class Daemon:
     metrics: str = ""
 
 
+def own_variables() -> set[str]:
+    """Those of the environment that hold our options. They have been read and are in the daemons'
+    arguments; keys are no child's to see."""
+    return {n for n in os.environ if n.startswith(PREFIX) and n not in OTHER_VARIABLES}
+
+
 def spawn(name: str, module: str, directory: Path, arguments: Sequence[str]) -> Daemon:
     """Starts it; it ends when this process does, however that ends. Its log goes to our stderr.
 
@@ -43,12 +49,7 @@ def spawn(name: str, module: str, directory: Path, arguments: Sequence[str]) -> 
         *("--port-file", str(port_file), "--metrics-port-file", str(metrics_port_file)),
         *("--end-with", str(os.getpid())),
     ]
-    # Options have been read by us and are in the arguments; keys are no child's to see.
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(PREFIX) or name in OTHER_VARIABLES
-    }
+    environment = {name: os.environ[name] for name in os.environ.keys() - own_variables()}
     # A Ctrl-C in the terminal is the parent's to handle: it stops them in order.
     process = subprocess.Popen(
         command,

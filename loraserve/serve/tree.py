@@ -8,9 +8,11 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from loraserve.client import AsyncClient
+from loraserve.checkpoint.base_names import names_directory
+from loraserve.checkpoint.packed_adapter import load_adapter_source
+from loraserve.client import AdapterInfo, AsyncClient
 from loraserve.errors import AlreadyExistsError, UnavailableError
 from loraserve.named_files import named
 from loraserve.security import Role, create_key
@@ -21,6 +23,21 @@ from loraserve.serve.processes import Daemon
 
 # Over the drain timeout, for what comes after it.
 _STOP_GRACE_S = 10.0
+
+
+class NamesItsBase(Protocol):
+    """An adapter, packed or as an outline of it; what is not known is empty."""
+
+    @property
+    def base_name(self) -> str: ...
+    @property
+    def base_digest(self) -> str | None: ...
+
+
+def names_served_model(adapter: NamesItsBase, model: Path) -> bool:
+    """Whether the adapter was trained on the very directory that is served, however the path is
+    spelled, and has no digest, which would say more."""
+    return not adapter.base_digest and names_directory(adapter.base_name, model)
 
 
 class ServingTree:
@@ -119,21 +136,27 @@ class ServingTree:
 
     async def _admit(self, controller: str) -> None:
         options = self._options
-        about: Any = {"base": options.base, "allow_base_mismatch": options.allow_base_mismatch}
+        added: list[AdapterInfo] = []
         async with AsyncClient(controller, api_key=self._admin_key) as client:
             await client.wait_routable((), timeout_s=options.start_timeout_s)
             admitted: dict[str, str] = {}
             for number, (name, path) in enumerate(options.adapters.items(), 1):
                 with named("adapter", path):
+                    packed = await asyncio.to_thread(load_adapter_source, path)
+                    allow = options.allow_base_mismatch or names_served_model(packed, options.model)
+                    about: Any = {"base": options.base, "allow_base_mismatch": allow}
                     try:
-                        info = await client.adapters.add(name, path, **about)
+                        info = await client.adapters.add(name, packed, **about)
+                        added.append(info)
                     except AlreadyExistsError:  # of an earlier run on the same data
-                        info = await client.adapters.update(name, path, **about)
+                        info = await client.adapters.update(name, packed, **about)
+                    del packed
                 admitted[name] = info.revision
                 self._say(
                     f"adapter {name} ({number} of {len(options.adapters)}): rank {info.max_rank}, "
                     f"{info.size_bytes} bytes"
                 )
+            await client.wait_admitted(added, timeout_s=options.start_timeout_s)
             for name, revision in admitted.items():
                 await client.wait_routable(
                     [name],

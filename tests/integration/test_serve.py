@@ -175,7 +175,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         (["--demo", "--nodes", "0"], "--nodes: 0 is not within"),
         (["--demo", "--adapter", "Bad=x"], "--adapter: 'Bad' is not a name"),
         (["--demo", "--host", "0.0.0.0"], "--keys: listening on 0.0.0.0"),
-        (["--demo", "--api-key", "short"], "key: needs 8"),
+        (["--demo", "--api-key", "short"], "--api-key: needs 8"),
         (["--demo", "--port", "99999"], "listen: '127.0.0.1:99999' is not host:port"),
         (["--demo", "--adapter-root", "/absent"], "--adapter-root: /absent: is no directory"),
     ],
