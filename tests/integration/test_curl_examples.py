@@ -1,9 +1,11 @@
 """The curl examples of the documents, run as written: each answers what is shown below it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/openai.md")
 # What the documents start; every one of them serves with these, or fewer.
 SERVE = ("--demo", "--adapter-root", "loraserve/demo/adapters")
+# And so where a caller has a key.
+KEYS = ("--keys", "keys")
 # Another at every answer.
 OWN = {"id", "created"}
 
@@ -41,7 +45,8 @@ def examples() -> list[Example]:
     return found
 
 
-EXAMPLES = examples()
+EXAMPLES = [example for example in examples() if "Bearer $" not in example.command]
+KEYED = [example for example in examples() if "Bearer $" in example.command]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +55,41 @@ def served() -> Iterator[ServedHttp]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The key file that the documents make, and the keys by the names of their variables."""
+    path = tmp_path_factory.mktemp("keys")
+    made = {}
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        for name, words in re.findall(r"^ +([A-Z]+)=\$\(loraserve (key create .*)\)$", text, re.M):
+            command = [sys.executable, "-m", "loraserve.cli", *words.split()]
+            done = subprocess.run(
+                command, capture_output=True, text=True, cwd=path, env=environment(), check=True
+            )
+            made[name] = done.stdout.strip()
+    return path / "keys", made
+
+
+def environment() -> dict[str, str]:
+    """That finds this tree from any directory, as `pip install` does for a user."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
+
+
+@pytest.fixture(scope="module")
+def served_with_keys(keys: tuple[Path, dict[str, str]]) -> Iterator[ServedHttp]:
+    with serving(*SERVE, "--keys", str(keys[0]), cwd=ROOT) as found:
+        yield found
+
+
 def test_no_example_is_left_out() -> None:
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
         written = len(re.findall(r"\bcurl -", text))
-        assert written == sum(example.document == document for example in EXAMPLES) > 0
+        assert written == sum(example.document == document for example in EXAMPLES + KEYED) > 0
         starts = re.findall(r"^ +(?:\.venv/bin/)?loraserve serve (--demo.*?)(?: &)?$", text, re.M)
         assert starts, document
-        assert all(set(start.split()) <= set(SERVE) for start in starts)
+        assert all(set(start.split()) <= {*SERVE, *KEYS} for start in starts)
 
 
 def settled(value: Any) -> Any:
@@ -103,8 +135,7 @@ def meaning(answer: str) -> list[Any]:
     return [answer.strip()]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.document + ":" + e.command[:44])
-def test_it_answers_what_the_document_shows(served: ServedHttp, example: Example) -> None:
+def answered(served: ServedHttp, example: Example, variables: dict[str, str]) -> str:
     port = served.url.rpartition(":")[2]
     done = subprocess.run(
         ["bash", "-c", example.command.replace("localhost:8000", f"localhost:{port}")],
@@ -112,5 +143,20 @@ def test_it_answers_what_the_document_shows(served: ServedHttp, example: Example
         text=True,
         timeout=120,
         check=True,
+        env=os.environ | variables,
     )
-    assert meaning(done.stdout) == meaning(example.shown)
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.document + ":" + e.command[:44])
+def test_it_answers_what_the_document_shows(served: ServedHttp, example: Example) -> None:
+    assert meaning(answered(served, example, {})) == meaning(example.shown)
+
+
+@pytest.mark.skipif(not KEYED, reason="no example has a key")
+def test_so_do_those_with_keys_in_their_order(
+    served_with_keys: ServedHttp, keys: tuple[Path, dict[str, str]]
+) -> None:
+    for example in KEYED:
+        answer = answered(served_with_keys, example, keys[1])
+        assert meaning(answer) == meaning(example.shown), example.command
