@@ -182,14 +182,13 @@ class LoadAdapter:
                     raise
                 info = await client.adapters.update(name, packed, **about)
                 added = False
-        await client.wait_routes(
-            lambda table: _revision(table, info.base, name) == info.revision, ROUTES_TIMEOUT_S
-        )
         if added:
             with _about_the_path():
                 await client.wait_admitted([info], timeout_s=ROUTABLE_TIMEOUT_S)
         else:
-            await client.wait_routable([name], base=info.base, timeout_s=ROUTABLE_TIMEOUT_S)
+            await client.wait_routable(
+                [name], base=info.base, timeout_s=ROUTABLE_TIMEOUT_S, revision=info.revision
+            )
         text = f"Success: LoRA adapter '{name}' added successfully."
         await request.send_bytes(text.encode(), content_type=b"text/plain; charset=utf-8")
 

@@ -24,6 +24,7 @@ from loraserve.controller.admission import PackedCheck
 from loraserve.controller.state import Settings
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
 from loraserve.errors import FailedPreconditionError, NotFoundError
+from loraserve.gateway import adapters as gateway_adapters
 from loraserve.node.pool.options import PoolOptions
 
 # The demo's: 4 layers, hidden 192, q 192, kv 96, intermediate 512.
@@ -181,6 +182,28 @@ def test_what_the_engine_has_no_pages_for_is_taken_back(tmp_path: Path) -> None:
             info = await client.adapters.add("mine", site.root / "upper")
             await client.wait_admitted([info], timeout_s=60)
             assert (await client.adapters.get("mine")).revision == info.revision
+
+    play(tmp_path, script, pool_bytes=64 << 20)
+
+
+def test_what_replaces_another_must_serve_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before goes on serving, which is no success of the new one."""
+    monkeypatch.setattr(gateway_adapters, "ROUTABLE_TIMEOUT_S", 1.0)  # it never will
+
+    async def script(site: Loading) -> None:
+        write(site.root / "huge", wide(512), rank=512)
+        shutil.copytree(adapter_directory("upper"), site.root / "upper")
+        while (await site.load("upper", load_inplace=True)).status != 200:
+            pass  # a machine that stands still
+        answer = await site.load("huge", load_inplace=True)
+        assert answer.status == 504, answer
+        assert "'mine' still means revision" in answer.error["message"]
+        headers = {"authorization": f"Bearer {site.site.keys['admin']}"}
+        body = {"model": "mine", "prompt": "garden=", "temperature": 0}
+        answer = await ask(site.address, "/v1/completions", body, headers=headers)
+        assert answer.json["choices"][0]["text"] == "GARDEN"
 
     play(tmp_path, script, pool_bytes=64 << 20)
 
