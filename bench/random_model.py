@@ -11,8 +11,6 @@ from safetensors.numpy import save_file
 
 from loraserve.checkpoint.adapter_source import MODULES, AdapterModule, AdapterSource
 
-HEAD_DIM = 64
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -25,10 +23,11 @@ class Shape:
     intermediate: int = 2048
     vocabulary: int = 16000
     context: int = 4096
+    head_dim: int = 64
 
     def modules(self) -> dict[str, tuple[int, int]]:
         """(in, out) of the linear modules of a layer."""
-        q, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden, q),
             "k_proj": (self.hidden, kv),
@@ -61,6 +60,11 @@ def write_model(shape: Shape, directory: Path, seed: int = 0) -> None:
             tensors[f"{prefix}{part}.{name}.weight"] = weights(outputs, inputs)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors")
+    write_config(shape, directory, "float32")
+
+
+def write_config(shape: Shape, directory: Path, dtype: str) -> None:
+    """The model's config.json."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -69,14 +73,14 @@ def write_model(shape: Shape, directory: Path, seed: int = 0) -> None:
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "head_dim": HEAD_DIM,
+        "head_dim": shape.head_dim,
         "intermediate_size": shape.intermediate,
         "max_position_embeddings": shape.context,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         "eos_token_id": 2,
     }
     (directory / "config.json").write_text(json.dumps(config))

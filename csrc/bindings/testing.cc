@@ -71,6 +71,7 @@ PYBIND11_MODULE(_testing, m) {
   BindScheduler(m);
   BindBackendOps(m);
   BindSpeed(m);
+  BindLoraSpeed(m);
   BindPacedEngine(m);
   BindWorkList(m);
   BindTransfer(m);
