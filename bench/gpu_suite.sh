@@ -1,16 +1,28 @@
 #!/usr/bin/env bash
-# Builds the CUDA backend on a machine with a GPU, runs the tests of device "cuda", measures installs
-# from the host pool and, where there is a compute-sanitizer, runs the kernels under it. Needs no network if build/gpu_wheels holds the wheels.
+# On a machine with a GPU: builds the CUDA backend, runs the tests of device "cuda" and a soak, runs
+# the kernels under compute-sanitizer where there is one, and measures the LoRA operation, the whole
+# engine and installs from the host pool. In ten minutes (LORASERVE_GPU_SUITE_S, seconds, says
+# otherwise): what time is left for is begun, each part within its own limit, and a part that fails
+# or runs out of time is told in suite.json and ends nothing else. Needs no network if
+# build/gpu_wheels holds the wheels, and 20 GB for two models (LORASERVE_GPU_MODELS, build/gpu_models).
 #
-#   bench/gpu_suite.sh wheels     on a machine with a network: fills build/gpu_wheels (Python 3.12)
-#   bench/gpu_suite.sh [OUT]      on the machine with the GPU: results in OUT (build/gpu_results)
+#   bench/gpu_suite.sh wheels          on a machine with a network: fills build/gpu_wheels (Python 3.12)
+#   bench/gpu_suite.sh [OUT]           on the machine with the GPU: results in OUT (build/gpu_results)
+#   bench/gpu_suite.sh rehearse [OUT]  anywhere, after `make test`: the parts in small on the emulation
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wheels=build/gpu_wheels
 build_tools=("scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja grpcio-tools)
 test_tools=("pytest>=8" "hypothesis>=6" safetensors transformers psutil)
 needs_torch=(peft accelerate)  # torch, and cuBLASLt with it, are on the GPU machine already
-mapfile -t runtime < <(python3 tools/requirements.py | tr ' ' '\n')
+
+rehearsal=false
+if [ "${1:-}" = rehearse ]; then
+  rehearsal=true
+  shift
+else
+  mapfile -t runtime < <(python3 tools/requirements.py | tr ' ' '\n')
+fi
 
 if [ "${1:-}" = wheels ]; then
   download=(python3 -m pip download -q --python-version 3.12 --only-binary=:all: -d "$wheels")
@@ -20,45 +32,95 @@ if [ "${1:-}" = wheels ]; then
 fi
 
 out=${1:-build/gpu_results}
-mkdir -p "$out"
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >"$out/gpu.txt" || {
-  echo "gpu_suite: no GPU (nvidia-smi failed)"
-  exit 2
-}
-command -v nvcc >/dev/null || { echo "gpu_suite: no nvcc on PATH"; exit 2; }
+models=${LORASERVE_GPU_MODELS:-build/gpu_models}
+limit=${LORASERVE_GPU_SUITE_S:-590}
 start=$SECONDS
-venv=build/gpu_venv
-python3 -m venv --system-site-packages "$venv"
-pip=("$venv/bin/python" -m pip install -q)
-[ -d "$wheels" ] && pip+=(--no-index --find-links "$wheels")
-"${pip[@]}" "${build_tools[@]}" "${test_tools[@]}" "${runtime[@]}" "${needs_torch[@]}"
-# One architecture: the machine's own.
-PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m pip install -q --no-build-isolation --no-deps \
-  -C cmake.define.LORASERVE_BUILD_TESTS=ON -C cmake.define.LORASERVE_CUDA=ON \
-  -C cmake.define.CMAKE_CUDA_ARCHITECTURES="${LORASERVE_CUDA_ARCHITECTURES:-90a-real}" -e .
-built=$((SECONDS - start))
+mkdir -p "$out"
+parts=()
+# part NAME SECONDS COMMAND...: its output in NAME.txt; its exit status also in rc, 124: out of time.
+part() {
+  local name=$1 room=$2 begin=$SECONDS left=$((limit - (SECONDS - start)))
+  shift 2
+  [ "$left" -ge "$room" ] || room=$left
+  rc=0
+  if [ "$room" -lt 5 ]; then
+    rc=124
+    echo "no time was left" >"$out/$name.txt"
+  else
+    timeout "$room" "$@" >"$out/$name.txt" 2>&1 || rc=$?
+  fi
+  [ "$rc" = 0 ] || echo "gpu_suite: $name ended with $rc, see $out/$name.txt"
+  parts+=("\"$name\": {\"rc\": $rc, \"s\": $((SECONDS - begin))}")
+}
 
-LORASERVE_CUBLASLT=${LORASERVE_CUBLASLT:-$("$venv/bin/python" -c '
+if $rehearsal; then
+  python=.venv/bin/python device=cuda-emulated only=emulated small=(--tiny)
+  eight_layers=() all_layers=()
+  models=$out/models
+  echo "none: a rehearsal" >"$out/gpu.txt"
+else
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >"$out/gpu.txt" || {
+    echo "gpu_suite: no GPU (nvidia-smi failed)"
+    exit 2
+  }
+  command -v nvcc >/dev/null || { echo "gpu_suite: no nvcc on PATH"; exit 2; }
+  venv=build/gpu_venv
+  python=$venv/bin/python device=cuda only="cuda and not emulated" small=()
+  eight_layers=(--model llama-3-8b --layers 8) all_layers=(--model llama-2-7b)
+  python3 -m venv --system-site-packages "$venv"
+  pip=("$python" -m pip install -q)
+  [ -d "$wheels" ] && pip+=(--no-index --find-links "$wheels")
+  "${pip[@]}" "${build_tools[@]}" "${test_tools[@]}" "${runtime[@]}" "${needs_torch[@]}"
+  # One architecture: the machine's own.
+  PATH="$PWD/$venv/bin:$PATH" "$python" -m pip install -q --no-build-isolation --no-deps \
+    -C cmake.define.LORASERVE_BUILD_TESTS=ON -C cmake.define.LORASERVE_CUDA=ON \
+    -C cmake.define.CMAKE_CUDA_ARCHITECTURES="${LORASERVE_CUDA_ARCHITECTURES:-90a-real}" -e .
+  LORASERVE_CUBLASLT=${LORASERVE_CUBLASLT:-$("$python" -c '
 import nvidia, pathlib
 found = [p for root in nvidia.__path__ for p in pathlib.Path(root).rglob("libcublasLt.so.1?")]
 print(max(found, default="libcublasLt.so.13"))')}
-export LORASERVE_CUBLASLT
+  export LORASERVE_CUBLASLT
+fi
+built=$((SECONDS - start))
+
+engine=("$python" bench/gpu_engine.py --device "$device" --models "$models" "${small[@]}")
+# The models are written beside the tests, which need the GPU and few cores.
+timeout 150 "${engine[@]}" "${eight_layers[@]}" --write-only >"$out/write_8b.txt" 2>&1 &
+writes_8b=$!
+if ! $rehearsal; then
+  timeout 300 "${engine[@]}" "${all_layers[@]}" --write-only >"$out/write_7b.txt" 2>&1 &
+  writes_7b=$!
+fi
+
 suite=(tests/python/test_backend_ops.py tests/python/test_sampler.py tests/python/test_cuda_lora.py
   tests/python/test_cuda_engine.py tests/python/test_pinned_host_memory.py)
-tests=0
-timeout 300 "$venv/bin/python" -m pytest -rs -k "cuda and not emulated" \
-  --junitxml "$out/tests.xml" "${suite[@]}" >"$out/tests.txt" 2>&1 || tests=$?
+if $rehearsal; then suite=(tests/python/test_cuda_lora.py); fi
+part tests 150 "$python" -m pytest -rs -k "$only" --junitxml "$out/tests.xml" "${suite[@]}"
+tests=$rc
 tail -15 "$out/tests.txt"
+part soak 90 "$python" -m pytest -rs -k "$only" --durations 1 tests/python/test_cuda_soak.py
+part gpu_lora 70 "$python" bench/gpu_lora.py --device "$device" --budget 45 "${small[@]}" \
+  --out "$out/gpu_lora.json"
+wait "$writes_8b" || echo "gpu_suite: no model of 8B, see $out/write_8b.txt"
+part gpu_engine_8b 100 "${engine[@]}" "${eight_layers[@]}" --graphs-off --budget 70 \
+  --out "$out/gpu_engine_8b.json"
 sanitizer=null
-if command -v compute-sanitizer >/dev/null; then
-  sanitizer=0
-  timeout 120 compute-sanitizer --error-exitcode 9 "$venv/bin/python" -m pytest -q \
-    -k "cuda and not emulated" tests/python/test_cuda_lora.py >"$out/sanitizer.txt" 2>&1 || sanitizer=$?
+if command -v compute-sanitizer >/dev/null && ! $rehearsal; then
+  part sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -k "$only" \
+    tests/python/test_cuda_lora.py
+  sanitizer=$rc
 fi
-# The suite's result is the tests'; what cannot be measured is told in its own file.
-timeout 240 "$venv/bin/python" bench/gpu_pool.py --out "$out/gpu_pool.json" >"$out/gpu_pool.txt" 2>&1 ||
-  echo "gpu_suite: bench/gpu_pool.py failed, see $out/gpu_pool.txt"
-printf '{"gpu": "%s", "commit": "%s", "build_s": %d, "tests_rc": %d, "sanitizer_rc": %s, "total_s": %d}\n' \
+if ! $rehearsal; then
+  wait "$writes_7b" || echo "gpu_suite: no model of 7B, see $out/write_7b.txt"
+  part gpu_engine_7b 170 "${engine[@]}" "${all_layers[@]}" --budget 130 \
+    --out "$out/gpu_engine_7b.json"
+fi
+part gpu_pool 45 "$python" bench/gpu_pool.py --device "$device" --seconds 2 --rounds 2 \
+  "${small[@]}" --out "$out/gpu_pool.json"
+
+# The suite's result is the tests'; what could not be measured is told here and in its own file.
+printf '{"gpu": "%s", "commit": "%s", "build_s": %d, "tests_rc": %d, "sanitizer_rc": %s, "total_s": %d,\n "parts": {%s}}\n' \
   "$(head -1 "$out/gpu.txt")" "$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
-  "$built" "$tests" "$sanitizer" $((SECONDS - start)) | tee "$out/suite.json"
+  "$built" "$tests" "$sanitizer" $((SECONDS - start)) \
+  "$(IFS=,; echo "${parts[*]}")" | tee "$out/suite.json"
 exit "$tests"
