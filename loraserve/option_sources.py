@@ -21,12 +21,7 @@ from loraserve.named_files import whole, wrong
 PREFIX = "LORASERVE_"
 SECTIONS = ("controller", "node", "gateway")
 # Variables that are no options: those of libraries that are loaded.
-OTHER_VARIABLES = frozenset(
-    {
-        *("LORASERVE_UCX_PREFIX", "LORASERVE_CUBLASLT", "LORASERVE_CUDA_GRAPHS"),
-        "LORASERVE_EMULATED_MEMORY_FULL",  # of tests
-    }
-)
+OTHER_VARIABLES = frozenset({"LORASERVE_UCX_PREFIX", "LORASERVE_CUBLASLT", "LORASERVE_CUDA_GRAPHS"})
 MAX_FILE_BYTES = 1 << 20
 # What the top level of a file may hold beside the sections: the options of `loraserve serve`.
 SERVE_OPTIONS = frozenset(

@@ -1,6 +1,8 @@
 """The engine on the CUDA backend: against transformers + PEFT, and graphs against no graphs."""
 
+import ctypes
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from oracle.checkpoints import SPECS
 from oracle.comparison import Comparison, compare
 from oracle.store import OracleStore
 
-from loraserve import Engine, EngineConfig, SamplingParams
+from loraserve import Engine, EngineConfig, SamplingParams, _engine
 from loraserve.errors import InvalidArgumentError, ResourceExhaustedError
 
 DEVICES = ["cuda-emulated", "cuda"]
@@ -85,22 +87,32 @@ def test_what_the_kernels_lack_is_refused_by_name(store: OracleStore, device: st
         Engine(EngineConfig(model=store.checkpoint("llama"), device=device, page_bytes=2048))
 
 
-def test_an_adapter_that_finds_no_device_memory_fails_its_requests_alone(
-    store: OracleStore, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def memory_full(device: str) -> Iterator[Callable[[bool], None]]:
+    """Says whether the memory of the emulated device is full: that of the extension under test, as
+    each one that the emulation is linked into has its own."""
     if device != "cuda-emulated":
         pytest.skip("a real device's memory is not filled for this")
     open_backend(device)
+    assert _engine.__file__ is not None
+    say: Callable[[bool], None] = ctypes.CDLL(_engine.__file__).SetEmulatedMemoryFull
+    yield say
+    say(False)
+
+
+def test_an_adapter_that_finds_no_device_memory_fails_its_requests_alone(
+    store: OracleStore, device: str, memory_full: Callable[[bool], None]
+) -> None:
     params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     with Engine(EngineConfig(model=store.checkpoint("llama"), device=device)) as engine:
         (before,) = engine.generate([[1, 2, 3]], params)
-        monkeypatch.setenv("LORASERVE_EMULATED_MEMORY_FULL", "1")
+        memory_full(True)
         load(store, "llama", engine, ["r1"])
         for _ in range(2):
             with pytest.raises(ResourceExhaustedError, match="no device memory"):
                 engine.generate([[1, 2, 3]], params, adapters=["r1"])
         (after,) = engine.generate([[1, 2, 3]], params)
         assert after.token_ids == before.token_ids
-        monkeypatch.delenv("LORASERVE_EMULATED_MEMORY_FULL")
+        memory_full(False)
         (done,) = engine.generate([[1, 2, 3]], params, adapters=["r1"])
         assert len(done.token_ids) == 2

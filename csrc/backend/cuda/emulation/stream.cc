@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -26,8 +27,11 @@ namespace {
 
 std::mutex registered_mutex;
 std::map<void*, size_t> registered;
+std::atomic<bool> memory_full{false};
 
 }  // namespace
+
+void SetEmulatedMemoryFull(bool full) { memory_full = full; }
 
 namespace loraserve::emulation {
 
@@ -80,9 +84,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 // Ends where it was asked to end, so that a sanitizer sees who goes past.
 cudaError_t cudaMalloc(void** p, size_t bytes) {
   *p = nullptr;
-  // A device whose memory is full, where a test says so.
-  if (std::getenv("LORASERVE_EMULATED_MEMORY_FULL") != nullptr) return cudaErrorMemoryAllocation;
-  if (bytes > size_t{1} << 34 || posix_memalign(p, 256, bytes) != 0) {
+  if (memory_full || bytes > size_t{1} << 34 || posix_memalign(p, 256, bytes) != 0) {
     return cudaErrorMemoryAllocation;
   }
   std::memset(*p, 0xff, bytes);

@@ -11,3 +11,7 @@ namespace loraserve::emulation {
 void Enqueue(cudaStream_t stream, std::function<void()> work);
 
 }  // namespace loraserve::emulation
+
+// From now on there is no device memory left, or there is again. For tests, which find it in the
+// library by its name.
+extern "C" __attribute__((visibility("default"), used)) void SetEmulatedMemoryFull(bool full);
