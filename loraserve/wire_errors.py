@@ -22,8 +22,12 @@ from loraserve.v1 import common_pb2
 
 DOMAIN = "loraserve"
 DETAILS_KEY = "grpc-status-details-bin"
-# Metadata of a trailer is bounded (8 KiB by default in gRPC): a message is cut, never the error.
+# A trailer over 8 KiB is refused by gRPC, at first by chance: texts are cut, never the error. They
+# stand in it percent-encoded (an ASCII character is one byte, others are three for each of UTF-8)
+# and once more within the details; budgets are of the former.
 MAX_MESSAGE_CHARACTERS = 1000
+_MESSAGE_BUDGET = 3 * MAX_MESSAGE_CHARACTERS
+_FIELD_BUDGET = 600
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +53,18 @@ def _rebuild(
     return kind(field, message)
 
 
+def _cut(text: str, budget: int) -> str:
+    text = text[:MAX_MESSAGE_CHARACTERS]
+    for index, character in enumerate(text):
+        plain = character.isascii() and character.isprintable() and character != "%"
+        budget -= 1 if plain else 3 * len(character.encode(errors="replace"))
+        if budget < 0:
+            return text[:index]
+    return text
+
+
 def _message(error: LoraServeError) -> str:
-    return error.message[:MAX_MESSAGE_CHARACTERS]
+    return _cut(error.message, _MESSAGE_BUDGET)
 
 
 def _route_facts(error: StaleRouteError) -> dict[str, str]:
@@ -76,11 +90,12 @@ def _uint64(digits: str) -> int | None:
 
 def to_status(error: LoraServeError) -> status_pb2.Status:
     """The google.rpc.Status that carries the error."""
+    field = _cut(error.field, _FIELD_BUDGET)
     info = error_details_pb2.ErrorInfo(
-        reason=error.reason, domain=DOMAIN, metadata={"field": error.field[:MAX_MESSAGE_CHARACTERS]}
+        reason=error.reason, domain=DOMAIN, metadata={"field": field}
     )
     status = status_pb2.Status(
-        code=code_pb2.Code.Value(error.code), message=f"{error.field}: {_message(error)}"
+        code=code_pb2.Code.Value(error.code), message=f"{field}: {_message(error)}"
     )
     if isinstance(error, StaleRouteError):
         info.metadata.update(_route_facts(error))
@@ -97,7 +112,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: LoraServeErr
     status = to_status(error)
     await context.abort(
         grpc.StatusCode[error.code],
-        status.message[:MAX_MESSAGE_CHARACTERS],
+        _cut(status.message, _MESSAGE_BUDGET),
         ((DETAILS_KEY, status.SerializeToString()),),
     )
     raise AssertionError("abort returned")

@@ -12,7 +12,7 @@ from loraserve import errors
 from loraserve.errors import LoraServeError, ResourceExhaustedError
 from loraserve.v1 import adapter_pb2, adapter_pb2_grpc, common_pb2
 from loraserve.wire import SERVER_OPTIONS, bind, dial
-from loraserve.wire_errors import from_detail, from_rpc_error, to_detail, typed_errors
+from loraserve.wire_errors import from_detail, from_rpc_error, to_detail, to_status, typed_errors
 
 KINDS = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, LoraServeError)]
 
@@ -108,10 +108,25 @@ def test_an_unforeseen_error_tells_the_client_nothing(caplog: pytest.LogCaptureF
     assert "secret of the server" in caplog.text
 
 
-def test_a_huge_message_is_cut_not_lost() -> None:
-    error = from_rpc_error(unary(errors.InvalidArgumentError("prompt", "é" * 100_000)))
+@pytest.mark.parametrize(
+    ("character", "kept"), [("x", 1000), ("%", 1000), ("é", 500), ("中", 333), ("😀", 250)]
+)
+def test_a_huge_message_is_cut_not_lost(character: str, kept: int) -> None:
+    raised = errors.InvalidArgumentError("prompt", character * 100_000)
+    error = from_rpc_error(unary(raised))
     assert type(error) is errors.InvalidArgumentError
-    assert 500 <= len(error.message) <= 1000
+    assert error.field == "prompt"
+    assert kept - len("prompt: ") <= len(error.message) <= kept
+    assert set(error.message) == {character}
+
+
+@pytest.mark.parametrize("character", ["x", "%", "é", "😀"])
+def test_a_trailer_stays_below_what_grpc_refuses(character: str) -> None:
+    """From 8 KiB it is refused by chance, so that one that gets through proves nothing."""
+    huge = character * 100_000
+    status = to_status(errors.InvalidArgumentError(huge, huge))
+    details = 4 * len(status.SerializeToString()) / 3  # in base64
+    assert details + 3000 < 7500  # and at most so much of the message, percent-encoded
 
 
 def test_an_unreachable_server_is_unavailable() -> None:
