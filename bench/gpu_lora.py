@@ -2,6 +2,7 @@
 
     python bench/gpu_lora.py [--device cuda] [--model llama-2-7b] [--layers 8] [--repeats N]
         [--gb-per-s B] [--budget S] [--out FILE]
+        [--peers vllm,sglang --peer-sources DIR [--peer-budget S]]
 
 A step's LoRA over all seven modules of some layers, one token for each sequence, as a decode step
 does it (with CUDA graphs), from its launch until the host has seen its end; what caches hold is
@@ -16,7 +17,10 @@ overwritten before each. For every batch, number of adapters and popularity ther
 - for mixed ranks `to_homogeneous`: by the mean over its adapters of the time that as many adapters
   all of that one's rank take.
 
-Numbers are of the layers given, not of a model's 32. Other kernels are not measured here.
+Numbers are of the layers given, not of a model's 32. With `--peers`, the Triton kernels of vLLM and
+of SGLang (csgmv) do the same (lora_peers.py says where their sources are expected and how they are
+run and tuned): of mixed ranks, of rank 8 in a pool made for 8, and of 128. `to_ours` is by our
+time. Their launches come as one graph, as ours do.
 `--tiny` is a small run on any device, to see that the script works: its numbers mean nothing.
 """
 
@@ -31,6 +35,7 @@ from typing import Any
 
 import numpy as np
 from gpu_model import RANKS, Ceilings, ceilings, shape_of
+from lora_peers import PEERS, Pool, Timed, open_peer
 from measured_on import measured_on
 from random_model import Shape
 
@@ -66,6 +71,11 @@ def asked(batch: int, adapters: int, popularity: str) -> list[int]:
     return sorted(int(i) for i in rng.choice(adapters, batch, p=weights / weights.sum()))
 
 
+def rank_of(sweep: Sweep, adapter: int, rank: int | str) -> int:
+    """Of an adapter of those that all have `rank`, or of the mixed ones."""
+    return sweep.ranks[adapter % len(sweep.ranks)] if rank == MIXED else int(rank)
+
+
 class Measured:
     """One device with adapters of all ranks in its pages."""
 
@@ -86,12 +96,9 @@ class Measured:
         self.name = self._lora.name
         self._bytes = self._lora.weight_bytes()
 
-    def rank_of(self, adapter: int, rank: int | str) -> int:
-        return self._sweep.ranks[adapter % len(self._sweep.ranks)] if rank == MIXED else int(rank)
-
     def installed(self, adapter: int, rank: int | str) -> int:
         """Of the `adapter`-th of those that all have a rank, or the mixed ones."""
-        return self._sweep.ranks.index(self.rank_of(adapter, rank)) * self._most + adapter
+        return self._sweep.ranks.index(rank_of(self._sweep, adapter, rank)) * self._most + adapter
 
     def needed_bytes(self, chosen: list[int], rank: int | str) -> int:
         return sum(self._bytes[self.installed(a, rank)] for a in set(chosen))
@@ -154,7 +161,7 @@ def measured(device: str, shape: Shape, sweep: Sweep, most: Ceilings, budget: fl
                 "to_floor": round(net[rank] / floor, 3),
             }
             if rank == MIXED:
-                alone = [net[bench.rank_of(a, MIXED)] for a in sorted(set(chosen))]
+                alone = [net[rank_of(sweep, a, MIXED)] for a in sorted(set(chosen))]
                 row["to_homogeneous"] = round(net[rank] / float(np.mean(alone)), 3)
             rows.append(row)
         padded = net[max(sweep.ranks)]
@@ -165,9 +172,57 @@ def measured(device: str, shape: Shape, sweep: Sweep, most: Ceilings, budget: fl
         "layers": sweep.layers,
         "empty_ms": {batch: round(1e3 * seconds, 5) for batch, seconds in empty.items()},
         "points_left_out_for_time": left_out,
-        "peers": "none: other kernels are not measured by this script",
         "points": rows,
     }
+
+
+def peer_points(
+    name: str, sources: Path, shape: Shape, sweep: Sweep, ours: list[dict[str, Any]], end: float
+) -> dict[str, Any]:
+    """The points that a peer found time for. Raises what torch, Triton or the kernels raise."""
+    import torch
+
+    shapes = [shape.modules()[module] for module in MODULES]
+    most = max(sweep.adapters)
+    known = {(p["batch"], p["adapters"], p["popularity"], p["rank"]): p["ms"] for p in ours}
+    rows: list[dict[str, Any]] = []
+    left_out = 0
+    tuned: dict[str, Any] = {}
+    wanted: list[int | str] = [MIXED, max(sweep.ranks), min(sweep.ranks)]
+    for rank in wanted:
+        ranks = [rank_of(sweep, i, rank) for i in range(most)]
+        pool = Pool.random(torch, "cuda", sweep.layers, shapes, ranks)
+        peer = open_peer(name, sources, pool)
+        timed = Timed(peer, shapes, sweep.layers, max(sweep.flush_bytes, 1))
+        timed.tune(asked(64, most, "uniform"), 5, time.monotonic() + (end - time.monotonic()) / 4)
+        tuned[str(rank)] = {f"{op} {group}": c for (op, group), c in timed.tuned.items()}
+        for batch, adapters, popularity in points(sweep):
+            key = (batch, adapters, popularity, rank)
+            if key not in known or popularity == "zipf":
+                continue
+            if time.monotonic() > end:
+                left_out += 1
+                continue
+            ms = 1e3 * timed.seconds(asked(batch, adapters, popularity), sweep.repeats)
+            names = ("batch", "adapters", "popularity", "rank")
+            row: dict[str, Any] = dict(zip(names, key, strict=True))
+            rows.append({**row, "ms": round(ms, 5), "to_ours": round(ms / known[key], 3)})
+        del pool, peer, timed
+        torch.cuda.empty_cache()
+    return {"points": rows, "points_left_out_for_time": left_out, "tried_and_kept": tuned}
+
+
+def beside_peers(given: argparse.Namespace, shape: Shape, sweep: Sweep, ours: Any) -> Any:
+    """By the peer's name; what keeps one from being measured is told, and no other suffers."""
+    found: dict[str, Any] = {}
+    names = [name for name in given.peers.split(",") if name]
+    for name in names:
+        end = time.monotonic() + given.peer_budget / len(names)
+        try:
+            found[name] = peer_points(name, given.peer_sources, shape, sweep, ours["points"], end)
+        except Exception as error:  # of other projects' code: anything may come
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+    return found or "none asked for"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,6 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=Sweep(1).repeats)
     parser.add_argument("--gb-per-s", type=float, help="of a copy, instead of measuring it")
     parser.add_argument("--budget", type=float, default=90.0, help="seconds; then points are left")
+    parser.add_argument("--peers", default="", help=f"of {', '.join(PEERS)}, with commas")
+    parser.add_argument("--peer-sources", type=Path, default=Path("build/gpu_peers"))
+    parser.add_argument("--peer-budget", type=float, default=120.0, help="seconds, all together")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(argv)
@@ -188,10 +246,17 @@ def main(argv: list[str] | None = None) -> int:
     shape = shape_of(model, sweep.layers)
     found = measured(given.device, shape, sweep, most, given.budget)
     head = {**about, "tiny": given.tiny, "model": model, "ceilings": asdict(most)}
-    text = json.dumps({**head, **found}, indent=1)
-    if given.out:
-        given.out.write_text(text + "\n")
-    print(text)
+    report = {**head, **found, "peers": "not finished"}
+
+    def write() -> str:
+        text = json.dumps(report, indent=1)
+        if given.out:
+            given.out.write_text(text + "\n")
+        return text
+
+    write()
+    report["peers"] = beside_peers(given, shape, sweep, found)
+    print(write())
     return 0
 
 

@@ -7,14 +7,28 @@
 # build/gpu_wheels holds the wheels, and 20 GB for two models (LORASERVE_GPU_MODELS, build/gpu_models).
 #
 #   bench/gpu_suite.sh wheels          on a machine with a network: fills build/gpu_wheels (Python 3.12)
+#   bench/gpu_suite.sh peers           there too: the LoRA kernels of vLLM and SGLang, into build/gpu_peers
 #   bench/gpu_suite.sh [OUT]           on the machine with the GPU: results in OUT (build/gpu_results)
 #   bench/gpu_suite.sh rehearse [OUT]  anywhere, after `make test`: the parts in small on the emulation
+#
+# LORASERVE_GPU_SUITE_PARTS="gpu_lora gpu_pool" runs no other parts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wheels=build/gpu_wheels
 build_tools=("scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja grpcio-tools)
 test_tools=("pytest>=8" "hypothesis>=6" safetensors transformers psutil)
 needs_torch=(peft accelerate)  # torch, and cuBLASLt with it, are on the GPU machine already
+
+if [ "${1:-}" = peers ]; then  # of their wheels only the few files that bench/lora_peers.py reads
+  peers=build/gpu_peers
+  python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_34_x86_64 \
+    -d "$peers/wheels" vllm==0.33.0 sglang==0.5.23
+  unzip -qo "$peers"/wheels/vllm-*.whl 'vllm/lora/ops/triton_ops/*' -d "$peers"
+  unzip -qo "$peers"/wheels/sglang-*.whl 'sglang/kernels/ops/lora/dense/*' -d "$peers"
+  rm -r "$peers/wheels"
+  exit
+fi
 
 rehearsal=false
 if [ "${1:-}" = rehearse ]; then
@@ -37,12 +51,14 @@ limit=${LORASERVE_GPU_SUITE_S:-590}
 start=$SECONDS
 mkdir -p "$out"
 parts=()
+wanted() { [[ " ${LORASERVE_GPU_SUITE_PARTS:-$1} " == *" $1 "* ]]; }
 # part NAME SECONDS COMMAND...: its output in NAME.txt; its exit status also in rc, 124: out of time.
 part() {
   local name=$1 room=$2 begin=$SECONDS left=$((limit - (SECONDS - start)))
   shift 2
-  [ "$left" -ge "$room" ] || room=$left
   rc=0
+  wanted "$name" || return 0
+  [ "$left" -ge "$room" ] || room=$left
   if [ "$room" -lt 5 ]; then
     rc=124
     echo "no time was left" >"$out/$name.txt"
@@ -85,9 +101,12 @@ built=$((SECONDS - start))
 
 engine=("$python" bench/gpu_engine.py --device "$device" --models "$models" "${small[@]}")
 # The models are written beside the tests, which need the GPU and few cores.
-timeout 150 "${engine[@]}" "${eight_layers[@]}" --write-only >"$out/write_8b.txt" 2>&1 &
-writes_8b=$!
-if ! $rehearsal; then
+writes_8b='' writes_7b=''
+if wanted gpu_engine_8b; then
+  timeout 150 "${engine[@]}" "${eight_layers[@]}" --write-only >"$out/write_8b.txt" 2>&1 &
+  writes_8b=$!
+fi
+if wanted gpu_engine_7b && ! $rehearsal; then
   timeout 300 "${engine[@]}" "${all_layers[@]}" --write-only >"$out/write_7b.txt" 2>&1 &
   writes_7b=$!
 fi
@@ -97,11 +116,12 @@ suite=(tests/python/test_backend_ops.py tests/python/test_sampler.py tests/pytho
 if $rehearsal; then suite=(tests/python/test_cuda_lora.py); fi
 part tests 150 "$python" -m pytest -rs -k "$only" --junitxml "$out/tests.xml" "${suite[@]}"
 tests=$rc
-tail -15 "$out/tests.txt"
+wanted tests || tests=null
+[ ! -e "$out/tests.txt" ] || tail -15 "$out/tests.txt"
 part soak 90 "$python" -m pytest -rs -k "$only" --durations 1 tests/python/test_cuda_soak.py
 part gpu_lora 70 "$python" bench/gpu_lora.py --device "$device" --budget 45 "${small[@]}" \
   --out "$out/gpu_lora.json"
-wait "$writes_8b" || echo "gpu_suite: no model of 8B, see $out/write_8b.txt"
+[ -z "$writes_8b" ] || wait "$writes_8b" || echo "gpu_suite: no model of 8B, see $out/write_8b.txt"
 part gpu_engine_8b 100 "${engine[@]}" "${eight_layers[@]}" --graphs-off --budget 70 \
   --out "$out/gpu_engine_8b.json"
 sanitizer=null
@@ -111,16 +131,20 @@ if command -v compute-sanitizer >/dev/null && ! $rehearsal; then
   sanitizer=$rc
 fi
 if ! $rehearsal; then
-  wait "$writes_7b" || echo "gpu_suite: no model of 7B, see $out/write_7b.txt"
+  [ -z "$writes_7b" ] || wait "$writes_7b" || echo "gpu_suite: no model of 7B, see $out/write_7b.txt"
   part gpu_engine_7b 170 "${engine[@]}" "${all_layers[@]}" --budget 130 \
     --out "$out/gpu_engine_7b.json"
+fi
+if [ -d build/gpu_peers ] && ! $rehearsal; then
+  part gpu_lora_peers 150 "$python" bench/gpu_lora.py --budget 20 --repeats 10 \
+    --peers vllm,sglang --peer-budget 90 --out "$out/gpu_lora_peers.json"
 fi
 part gpu_pool 45 "$python" bench/gpu_pool.py --device "$device" --seconds 2 --rounds 2 \
   "${small[@]}" --out "$out/gpu_pool.json"
 
 # The suite's result is the tests'; what could not be measured is told here and in its own file.
-printf '{"gpu": "%s", "commit": "%s", "build_s": %d, "tests_rc": %d, "sanitizer_rc": %s, "total_s": %d,\n "parts": {%s}}\n' \
+printf '{"gpu": "%s", "commit": "%s", "build_s": %d, "tests_rc": %s, "sanitizer_rc": %s, "total_s": %d,\n "parts": {%s}}\n' \
   "$(head -1 "$out/gpu.txt")" "$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
   "$built" "$tests" "$sanitizer" $((SECONDS - start)) \
   "$(IFS=,; echo "${parts[*]}")" | tee "$out/suite.json"
-exit "$tests"
+[ "$tests" = null ] || exit "$tests"

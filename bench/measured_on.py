@@ -11,10 +11,13 @@ from loraserve.node.model import cpu_name
 
 def commit() -> str:
     """Short, with "-dirty" where files differ from it, results apart, which change nothing that is
-    measured; "unknown" outside a checkout."""
+    measured; "unknown" outside a checkout, or where there is no git."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *words], capture_output=True, text=True)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
 
     sources = (":/", ":(exclude,top)bench/results")
