@@ -128,7 +128,7 @@ sanitizer=null
 if command -v compute-sanitizer >/dev/null && ! $rehearsal; then
   part sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -k "$only" \
     tests/python/test_cuda_lora.py
-  sanitizer=$rc
+  ! wanted sanitizer || sanitizer=$rc
 fi
 if ! $rehearsal; then
   [ -z "$writes_7b" ] || wait "$writes_7b" || echo "gpu_suite: no model of 7B, see $out/write_7b.txt"
