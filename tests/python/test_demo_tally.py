@@ -1,12 +1,17 @@
 """What the demo counts, and when it fails."""
 
+import io
 import itertools
+import re
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from loraserve.demo.replay import Outcome
 from loraserve.demo.skills import skill
 from loraserve.demo.tally import percentile, tally
+from loraserve.demo.view import summary
 from loraserve.demo.workload import Arrival, arrivals, popularity
 
 
@@ -84,3 +89,25 @@ def test_a_burst_comes_at_once_in_the_middle() -> None:
     due = arrivals(10.0, 5.0, burst=40, seed=1)
     assert sum(arrival.at_s == 5.0 for arrival in due) == 40
     assert [a.at_s for a in due] == sorted(a.at_s for a in due)
+
+
+def test_the_readme_shows_what_is_printed() -> None:
+    outcomes = [outcome("upper"), outcome("reverse")]
+    result = tally(outcomes, 2, 60.0, 100, 10, {"node-1": ["upper (rank 4, host)"]}, {"ucx": 3})
+    printed = io.StringIO()
+    Console(file=printed, width=110).print(summary(result, 110))
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.partition("\nby rank; times in ms\n")[2].partition("\n```")[0]
+
+    def columns(text: str) -> list[str]:
+        head = next(line for line in text.splitlines() if line.startswith("┃"))
+        return [word.strip() for word in head.split("┃")]
+
+    def shape(line: str) -> str:
+        return re.sub(r"\d+(\.\d+)?", "0", line.strip())
+
+    *_, between, verdict = printed.getvalue().rstrip().splitlines()
+    assert columns(shown) == columns(printed.getvalue())
+    assert shape(shown.splitlines()[-1]) == shape(verdict)
+    told = [shape(line) for line in re.findall("`(nodes read .*?)`", readme)]
+    assert told == [shape(between)]
