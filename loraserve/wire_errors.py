@@ -22,6 +22,8 @@ from loraserve.v1 import common_pb2
 
 DOMAIN = "loraserve"
 DETAILS_KEY = "grpc-status-details-bin"
+# The field of an error that gRPC itself made, or whoever stands between.
+OF_GRPC = "rpc"
 # A trailer over 8 KiB is refused by gRPC, at first by chance: texts are cut, never the error. They
 # stand in it percent-encoded (an ASCII character is one byte, others are three for each of UTF-8)
 # and once more within the details; budgets are of the former.
@@ -135,7 +137,7 @@ def from_rpc_error(error: grpc.RpcError) -> LoraServeError:
     """The typed error that a failed call means; of grpc and of grpc.aio."""
     code: str = cast(Any, error).code().name
     message: str = cast(Any, error).details() or ""
-    field, reason, retry_after_s = "rpc", "", None
+    field, reason, retry_after_s = OF_GRPC, "", None
     facts: Mapping[str, str] = {}
     status = _details_of(error)
     for detail in status.details if status else ():

@@ -18,11 +18,12 @@ from loraserve.controller.events import (
 )
 from loraserve.controller.routes import AdapterRoute, NodeRoute, RouteTable
 from loraserve.controller.store import AdapterRecord
-from loraserve.errors import InvalidArgumentError
+from loraserve.errors import InvalidArgumentError, InvalidCheckpointError
 from loraserve.placement.types import AdapterId, AdapterSpec
 from loraserve.security.identity import check_base, check_name, check_revision
 from loraserve.v1 import adapter_pb2, common_pb2, controller_pb2, node_pb2
 from loraserve.wire import split_address
+from loraserve.wire_errors import OF_GRPC
 
 # Of the routes in one message of a watch: well below the limit, whatever a route has in it.
 ROUTES_BYTES = 1 << 20
@@ -113,6 +114,10 @@ def _shape_from_wire(message: common_pb2.ModelShape) -> ModelShape:
 
 def _stays(error: common_pb2.ErrorDetail) -> bool:
     """Whether the same load would end the same way again."""
+    # What was admitted was whole: a source gave other bytes, or the way to it broke, and the next
+    # load may do better.
+    if error.reason == InvalidCheckpointError.reason or error.field == OF_GRPC:
+        return False
     return error.code in _STAYS or (
         error.code == _MAY_STAY and not error.HasField("retry_after_ms")
     )

@@ -17,6 +17,7 @@ from loraserve.errors import (
     NotFoundError,
     ResourceExhaustedError,
     UnavailableError,
+    UnsupportedError,
 )
 from loraserve.placement.policies import policy_named
 from loraserve.placement.types import AdapterId, AdapterSpec
@@ -104,7 +105,10 @@ def test_a_copy_that_serves_ends_it() -> None:
     ("error", "refused"),
     [
         (FailedPreconditionError("base", "x"), True),
-        (InvalidCheckpointError("header", "x"), True),
+        (UnsupportedError("header", "x"), True),
+        # Of bytes that were whole when they were admitted: a source gave others.
+        (InvalidCheckpointError("chunk", "x"), False),
+        (ResourceExhaustedError("rpc", "received message larger than max"), False),
         (ResourceExhaustedError("memory_bytes", "x"), True),
         (ResourceExhaustedError("host_pool_bytes", "x", 0.5), False),
         (UnavailableError("store", "x"), False),
