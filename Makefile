@@ -56,8 +56,9 @@ stress: $(VENV)/.runtime ## engine and transfer under address, undefined-behavio
 
 fuzz: $(VENV)/.test setup ## the readers and state machines against far more hostile input
 	@# Two at a time: the longest, which waits for a cluster's answers, beside all others.
-	LORASERVE_FUZZ=$(FUZZ) $(PY) tools/run_tests.py -q $(FUZZ_LONGEST) & \
-	  longest=$$!; LORASERVE_FUZZ=$(FUZZ) $(PY) tools/run_tests.py -q $(filter-out $(FUZZ_LONGEST),$(FUZZ_TESTS)); \
+	@# No second run: it would draw other inputs, and what was found once would pass.
+	LORASERVE_FUZZ=$(FUZZ) $(PY) -m pytest -p no:cacheprovider $(FUZZ_LONGEST) & \
+	  longest=$$!; LORASERVE_FUZZ=$(FUZZ) $(PY) -m pytest -p no:cacheprovider $(filter-out $(FUZZ_LONGEST),$(FUZZ_TESTS)); \
 	  others=$$?; wait $$longest && exit $$others
 
 soak: $(VENV)/.test setup ## a cluster under churn and kills, a thousand loads
