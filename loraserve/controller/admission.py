@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
 from loraserve.checkpoint.base_names import check_base_name
-from loraserve.checkpoint.base_names import same_base as same_base
 from loraserve.checkpoint.packed_header import ModuleEntry
 from loraserve.checkpoint.packed_stream import PackedStream
 from loraserve.errors import (

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.checkpoint.base_names import check_base_name, names_directory
-from loraserve.controller.admission import same_base
+from loraserve.checkpoint.base_names import check_base_name, names_directory, same_base
 from loraserve.errors import FailedPreconditionError
 
 SAME = [
