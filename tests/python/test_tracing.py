@@ -208,6 +208,13 @@ def test_a_collector_that_does_not_answer_delays_no_stop(monkeypatch: pytest.Mon
             # The exporter itself would wait for a minute.
             closing.join(30)
             assert not closing.is_alive()
+            # Answered after all, it ends: where its request fails it tries again for a minute,
+            # and draws its waits from the random state of the tests that come next.
+            exporting.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            for thread in threading.enumerate():
+                if thread.name.startswith("Otel"):
+                    thread.join(30)
+                    assert not thread.is_alive()
 
 
 def test_nothing_is_traced_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
