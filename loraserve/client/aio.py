@@ -261,10 +261,12 @@ class AsyncClient:
             await watch.changed(left)
 
     async def wait_admitted(self, added: Iterable[AdapterInfo], *, timeout_s: float = 30.0) -> None:
-        """As `wait_routable`, of adapters that were just added. One that no node can ever load is
-        taken back: its name is free again when FailedPreconditionError says why."""
+        """As `wait_routable`, of adapters that were just added. Each that no node can ever load is
+        taken back: its name is free again when FailedPreconditionError says why. That error is
+        raised rather than DeadlineExceededError about another one."""
         end = asyncio.get_running_loop().time() + timeout_s
         refused: FailedPreconditionError | None = None
+        late: DeadlineExceededError | None = None
         for info in added:
             left = max(0.0, end - asyncio.get_running_loop().time())
             try:
@@ -275,8 +277,10 @@ class AsyncClient:
                 refused = refused or error
                 with contextlib.suppress(NotFoundError):
                     await self._take_back(info)
-        if refused is not None:
-            raise refused
+            except DeadlineExceededError as error:
+                late = late or error  # of those after it, what is known by now still counts
+        if failed := refused or late:
+            raise failed
 
     async def _take_back(self, info: AdapterInfo) -> None:
         """Unless the name means something else by now. Raises NotFoundError where it is gone."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from loraserve.client import AsyncClient
 from loraserve.controller.admission import PackedCheck
 from loraserve.controller.state import Settings
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
-from loraserve.errors import FailedPreconditionError, NotFoundError
+from loraserve.errors import DeadlineExceededError, FailedPreconditionError, NotFoundError
 from loraserve.gateway import adapters as gateway_adapters
 from loraserve.node.pool.options import PoolOptions
 
@@ -176,9 +176,15 @@ def test_what_the_engine_has_no_pages_for_is_taken_back(tmp_path: Path) -> None:
         async with AsyncClient(site.site.server.address, api_key=site.site.keys["acme"]) as client:
             info = await client.adapters.add("mine", site.root / "huge")
             with pytest.raises(FailedPreconditionError, match="pages"):
-                await client.wait_admitted([info], timeout_s=60)
+                await client.wait_routable(["mine"], timeout_s=60)
+            # Also behind one that is not there in time.
+            slow = replace(info, revision="f" * 64)
+            with pytest.raises(FailedPreconditionError, match="pages"):
+                await client.wait_admitted([slow, info], timeout_s=0.1)
             with pytest.raises(NotFoundError):
                 await client.adapters.get("mine")
+            with pytest.raises(DeadlineExceededError):
+                await client.wait_admitted([slow], timeout_s=0.1)
             info = await client.adapters.add("mine", site.root / "upper")
             await client.wait_admitted([info], timeout_s=60)
             assert (await client.adapters.get("mine")).revision == info.revision
