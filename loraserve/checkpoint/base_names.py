@@ -7,6 +7,7 @@ names are compared by what both spellings have: the last part.
 import os
 import re
 from pathlib import Path
+from typing import Protocol
 
 from loraserve.errors import FailedPreconditionError
 
@@ -35,6 +36,21 @@ def names_directory(name: str, directory: Path) -> bool:
         return os.path.realpath(os.path.expanduser(name)) == os.path.realpath(directory)
     except (OSError, ValueError):  # no path at all
         return False
+
+
+class NamesItsBase(Protocol):
+    """An adapter, packed or as an outline of it; what is not known is empty."""
+
+    @property
+    def base_name(self) -> str: ...
+    @property
+    def base_digest(self) -> str | None: ...
+
+
+def names_served_model(adapter: NamesItsBase, model: Path) -> bool:
+    """Whether the adapter was trained on the very directory that is served, however the path is
+    spelled, and has no digest, which would say more."""
+    return not adapter.base_digest and names_directory(adapter.base_name, model)
 
 
 def check_base_name(name: str, base: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraserve.checkpoint.base_names import names_directory
+from loraserve.checkpoint.base_names import names_served_model
 from loraserve.checkpoint.packed_adapter import PackedAdapter, load_adapter_source
 from loraserve.client.route_table import RouteTable
 from loraserve.errors import (
@@ -196,9 +196,8 @@ class LoadAdapter:
         """Whether it may enter whatever base it names: also where that is the very directory which
         is served, and no digest says otherwise."""
         served = self._site.model_directory
-        if self._site.allow_base_mismatch or served is None or packed.base_digest is not None:
-            return self._site.allow_base_mismatch
-        return names_directory(packed.base_name, served)
+        named_it = served is not None and names_served_model(packed, served)
+        return self._site.allow_base_mismatch or named_it
 
 
 class UnloadAdapter:

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from loraserve.checkpoint.adapter_outline import read_outline
-from loraserve.checkpoint.base_names import check_base_name
+from loraserve.checkpoint.base_names import check_base_name, names_served_model
 from loraserve.checkpoint.model_config import read_model_config
 from loraserve.checkpoint.model_shape import ModelShape, check_shapes, shape_of
 from loraserve.errors import (
@@ -17,7 +17,6 @@ from loraserve.errors import (
 from loraserve.named_files import named, why, wrong
 from loraserve.security.keys import KeyRing, check_key
 from loraserve.serve.options import ServeOptions
-from loraserve.serve.tree import names_served_model
 from loraserve.text.chat_template import ChatTemplate
 from loraserve.text.tokenizer import TOKENIZER_NAME
 from loraserve.wire import split_address

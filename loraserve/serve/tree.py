@@ -8,9 +8,9 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from loraserve.checkpoint.base_names import names_directory
+from loraserve.checkpoint.base_names import names_served_model
 from loraserve.checkpoint.packed_adapter import load_adapter_source
 from loraserve.client import AdapterInfo, AsyncClient
 from loraserve.errors import AlreadyExistsError, UnavailableError
@@ -23,21 +23,6 @@ from loraserve.serve.processes import Daemon
 
 # Over the drain timeout, for what comes after it.
 _STOP_GRACE_S = 10.0
-
-
-class NamesItsBase(Protocol):
-    """An adapter, packed or as an outline of it; what is not known is empty."""
-
-    @property
-    def base_name(self) -> str: ...
-    @property
-    def base_digest(self) -> str | None: ...
-
-
-def names_served_model(adapter: NamesItsBase, model: Path) -> bool:
-    """Whether the adapter was trained on the very directory that is served, however the path is
-    spelled, and has no digest, which would say more."""
-    return not adapter.base_digest and names_directory(adapter.base_name, model)
 
 
 class ServingTree:

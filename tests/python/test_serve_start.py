@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import yaml
 
+from loraserve.checkpoint.base_names import names_served_model
 from loraserve.checkpoint.packed_adapter import load_adapter_source, write_packed
 from loraserve.checkpoint.peft_adapter import read_peft_directory
 from loraserve.cli import main
@@ -18,7 +19,6 @@ from loraserve.commands import serve as serve_command
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
 from loraserve.security import Role, create_key
 from loraserve.serve import processes
-from loraserve.serve.tree import names_served_model
 
 PREFIX = "loraserve serve: error: "
 UPPER = str(adapter_directory("upper"))
