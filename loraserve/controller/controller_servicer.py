@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -44,7 +44,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         runtime: Runtime,
         metrics: ControllerMetrics,
         rank_costs: controller_pb2.RankCosts | None = None,
-        store_mark: str = "",
+        store_mark: Callable[[], str] = str,
     ) -> None:
         """`rank_costs`: for clients that are to choose between nodes by ranks. `store_mark`: for
         nodes to see whether their store is the controller's."""
@@ -60,8 +60,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         record = node_from_wire(request)
         self._check_same_weights(record)
         await self._runtime.apply(NodeRegistered(record, request.heard_epoch))
-        if self._store_mark:
-            await context.send_initial_metadata(((STORE_MARK, self._store_mark),))
+        if mark := self._store_mark():
+            await context.send_initial_metadata(((STORE_MARK, mark),))
         settings = self._runtime.settings
         period = Duration()
         # Two in a tick: see Settings.quiet_ticks.

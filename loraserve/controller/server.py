@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ _log = logging.getLogger(__name__)
 # looking for garbage in hundreds of thousands of records again and again, while they come, took a
 # third of a restart.
 GC_THRESHOLDS = (50_000, 20, 100)
+# A start waits so long for the store's mark; what is far away, or down, keeps nobody from serving.
+MARK_WAIT_S = 1.0
 SERVICES = (
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name,
@@ -118,7 +121,10 @@ class ControllerServer:
         except BaseException:
             self._store.close()
             raise
-        self._store_mark = self._mark()
+        self._store_mark = ""
+        marking = threading.Thread(target=self._mark, name="store-mark", daemon=True)
+        marking.start()
+        marking.join(MARK_WAIT_S)
         self.metrics.observe(self.runtime, options.load)
         self._registry = AdapterRegistry(
             self.runtime, records, self._blobs, lambda: time.time_ns() // 1000
@@ -133,13 +139,13 @@ class ControllerServer:
             self._blobs.remove_staged()
             return Admission(options.data_dir / "staging", options.new_check)
 
-    def _mark(self) -> str:
-        """Of the store; empty where it takes none, and then no node can compare."""
+    def _mark(self) -> None:
+        """Of the store; empty until it is there, or where it takes none: then no node can compare.
+        Blocks as long as the store does."""
         try:
-            return self._blobs.make_mark()
+            self._store_mark = self._blobs.make_mark()
         except Exception as error:  # a file system's driver raises what it likes
             _log.warning("store %s takes no mark: %s", self._blobs.url, error)
-            return ""
 
     async def start(self) -> None:
         """Listens and serves. Raises UnavailableError where an address is taken; then `stop` is
@@ -157,7 +163,8 @@ class ControllerServer:
             own, padded = (options.load or default_load_model()).profile.cost.per_rank()
             costs = controller_pb2.RankCosts(own=own, padded=padded)
         controller_pb2_grpc.add_ControllerServiceServicer_to_server(
-            ControllerServicer(self.runtime, self.metrics, costs, self._store_mark), self._server
+            ControllerServicer(self.runtime, self.metrics, costs, lambda: self._store_mark),
+            self._server,
         )
         self._health = Health(SERVICES)
         await self._health.tell(serving=False)

@@ -1,14 +1,16 @@
 """A node whose --store is not the controller's says so at its start."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from controller_fixtures import controller
+from controller_fixtures import FakeNode, controller
 from fake_node import BASE, FakeEngine, blob, serving, until
 from node_calls import answers, run
 
 from loraserve.checkpoint.durable_store import MARK, DurableStore
+from loraserve.controller import server as controller_server
 from loraserve.controller.admission import PackedCheck
 from loraserve.errors import InvalidArgumentError
 
@@ -76,5 +78,28 @@ def test_a_node_tells_of_another_store_and_serves_all_the_same(
                 acme = site.auth("acme")
                 await until(lambda: bool(server.node.adapters.residency()), "placed")
                 assert await answers(channel, adapter={"name": "sql"}, metadata=acme)
+
+    run(test)
+
+
+def test_a_store_that_hangs_keeps_no_controller_from_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, marks = threading.Event(), []
+
+    def hang(_: DurableStore) -> str:
+        go_on.wait(60)
+        marks.append("a" * 32)
+        return marks[0]
+
+    monkeypatch.setattr(DurableStore, "make_mark", hang)
+    monkeypatch.setattr(controller_server, "MARK_WAIT_S", 0.01)
+
+    async def test() -> None:
+        async with controller(tmp_path, new_check=PackedCheck) as site:
+            async with FakeNode(site, "n1"):
+                assert marks == []
+            go_on.set()
+            await until(lambda: site.server._store_mark != "", "it is there in the end")
 
     run(test)
