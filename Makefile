@@ -62,7 +62,7 @@ fuzz: $(VENV)/.test setup ## the readers and state machines against far more hos
 	  others=$$?; wait $$longest && exit $$others
 
 soak: $(VENV)/.test setup ## a cluster under churn and kills, a thousand loads
-	$(PY) tools/run_tests.py tests -m long -rs
+	$(PY) -m pytest tests -m long -rs
 
 clients: $(VENV)/.test setup ## clients of other projects, unmodified; nightly: it installs them
 	$(PY) -m pytest -m "long or clients" -rs tests/integration/test_client_*.py

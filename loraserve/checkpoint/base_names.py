@@ -12,6 +12,8 @@ from typing import Protocol
 from loraserve.errors import FailedPreconditionError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# The Hub's cache keeps org/name there; the last part is a commit.
+_HUB_CACHE = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+$")
 
 
 def same_base(one: str, other: str) -> bool:
@@ -24,8 +26,11 @@ def same_base(one: str, other: str) -> bool:
 
 
 def _cleaned(name: str) -> str:
-    """Lower case, with the separators of POSIX and none at the end."""
-    return name.strip().replace("\\", "/").rstrip("/").lower()
+    """Lower case, with the separators of POSIX and none at the end; a path into the Hub's cache as
+    the id that it is of."""
+    path = name.strip().replace("\\", "/").rstrip("/").lower()
+    cached = _HUB_CACHE.search(path)
+    return "/".join(cached.groups()) if cached else path
 
 
 def names_directory(name: str, directory: Path) -> bool:

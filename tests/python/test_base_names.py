@@ -8,6 +8,7 @@ import pytest
 from loraserve.checkpoint.base_names import check_base_name, names_directory, same_base
 from loraserve.errors import FailedPreconditionError
 
+SNAPSHOT = "snapshots/0123456789abcdef0123456789abcdef01234567"
 SAME = [
     ("llama", "llama"),
     ("Llama-3.1-8B", "llama-3.1-8b"),
@@ -18,6 +19,9 @@ SAME = [
     ("../models/llama", "org/llama"),
     ("./llama", "llama"),
     ("C:\\models\\llama", "llama"),
+    (f"/home/ann/.cache/huggingface/hub/models--meta-llama--Llama-2-7b-hf/{SNAPSHOT}",) * 2,
+    (f"/data/hub/models--meta-llama--Llama-2-7b-hf/{SNAPSHOT}/", "meta-llama/Llama-2-7b-hf"),
+    (f"/data/hub/models--meta-llama--Llama-2-7b-hf/{SNAPSHOT}", "llama-2-7b-hf"),
 ]
 OTHER = [
     ("llama", "llama-2"),
@@ -27,6 +31,8 @@ OTHER = [
     ("", ""),
     ("/", ""),
     ("", "llama"),
+    (f"/data/hub/models--meta-llama--Llama-2-7b-hf/{SNAPSHOT}", "another/Llama-2-7b-hf"),
+    (f"/hub/models--a--llama/{SNAPSHOT}", f"/hub/models--a--mistral/{SNAPSHOT}"),
 ]
 
 
