@@ -1,7 +1,7 @@
 """Runs pytest; what failed in a run with few failures gets one second run, alone.
 
-Usage: `run_tests.py [PYTEST ARGUMENT ...]`, as `make test` does. Not for `make fuzz` and `make soak`:
-those look for what comes seldom, and a second run would pass over what the first one found.
+Usage: `run_tests.py [PYTEST ARGUMENT ...]`, as `make test` does. Not for `make fuzz` and
+`make soak`: those look for what comes seldom, and a second run would skip what the first found.
 
 Hundreds of these tests start daemons, kill them and wait for what others notice. On a machine that
 is busy with something else one of them may miss its deadline. Failing twice is a failure; passing
