@@ -209,6 +209,8 @@ def _options(arguments: argparse.Namespace) -> ServeOptions:
     if arguments.demo:
         base = arguments.base or MODEL_NAME
         adapters = {skill.name: adapter_directory(skill.name) for skill in SKILLS} | adapters
+    if not 0 <= arguments.port <= 65535:
+        raise InvalidArgumentError("port", f"{arguments.port} is not within 0 and 65535")
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     options = ServeOptions(
         model=models[0],

@@ -107,7 +107,7 @@ class AdapterRoots:
         except OSError as error:  # a name that is too long
             raise InvalidArgumentError("lora_path", error.strerror or "is no path") from None
         if not there:
-            raise NotFoundError("lora_path", "is not there")
+            raise NotFoundError("lora_path", "is not there, under --adapter-root")
         return real
 
 
@@ -177,9 +177,11 @@ class LoadAdapter:
             about: Any = {"base": base, "allow_base_mismatch": self._allows(packed)}
             try:
                 info = await client.adapters.add(name, packed, **about)
-            except AlreadyExistsError:
+            except AlreadyExistsError as error:
                 if not body.get("load_inplace", False):
-                    raise
+                    raise AlreadyExistsError(
+                        "lora_name", f"{error.message} (load_inplace)"
+                    ) from None
                 info = await client.adapters.update(name, packed, **about)
                 added = False
         if added:

@@ -67,7 +67,7 @@ def check_request(
             if count + emitted >= context_tokens:
                 raise InvalidArgumentError(
                     "token_ids",
-                    f"{count} with {emitted} of the answer leave no room in a context of "
+                    f"{count} tokens with {emitted} of the answer leave no room in a context of "
                     f"{context_tokens}",
                 )
         case _:

@@ -39,6 +39,7 @@ class ServingTree:
         self._controller: Daemon | None = None
         self._nodes: list[Daemon] = []
         self._gateway: Daemon | None = None
+        self._adapters = 0
 
     @property
     def url(self) -> str:
@@ -149,6 +150,8 @@ class ServingTree:
                     timeout_s=options.start_timeout_s,
                     revision=revision,
                 )
+            # Also those of an earlier run on the same data.
+            self._adapters = len(await client.adapters.list(base=options.base))
 
     async def _start_gateway(self, controller: str) -> None:
         options = self._options
@@ -170,7 +173,7 @@ class ServingTree:
             arguments.append("--allow-base-mismatch")
         self._gateway = self._spawn("gateway", *arguments)
         await self._ready(self._gateway)
-        self._say(f"ready: {self.url}/v1 (model {options.base}, {len(options.adapters)} adapters)")
+        self._say(f"ready: {self.url}/v1 (model {options.base}, {self._adapters} adapters)")
 
     async def died(self) -> str:
         """Returns when a daemon has ended by itself: what there is to say of it."""

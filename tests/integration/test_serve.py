@@ -176,7 +176,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         (["--demo", "--adapter", "Bad=x"], "--adapter: 'Bad' is not a name"),
         (["--demo", "--host", "0.0.0.0"], "--keys: listening on 0.0.0.0"),
         (["--demo", "--api-key", "short"], "--api-key: needs 8"),
-        (["--demo", "--port", "99999"], "listen: '127.0.0.1:99999' is not host:port"),
+        (["--demo", "--port", "99999"], "--port: 99999 is not within 0 and 65535"),
         (["--demo", "--adapter-root", "/absent"], "--adapter-root: /absent: is no directory"),
     ],
 )
