@@ -4,6 +4,7 @@ Usage: python tools/generate_protos.py OUT_DIR
 Files whose content would not change keep their time stamp, so that builds stay incremental.
 """
 
+import importlib.util
 import shutil
 import sys
 import sysconfig
@@ -33,7 +34,8 @@ def generate(out_dir: Path) -> list[Path]:
             f"--grpc_python_out={scratch}",
         ]
         mypy, mypy_grpc = _plugin("protoc-gen-mypy"), _plugin("protoc-gen-mypy_grpc")
-        if mypy and mypy_grpc:
+        # Where pip builds isolated, the environment's scripts are there without their package.
+        if mypy and mypy_grpc and importlib.util.find_spec("mypy_protobuf"):
             arguments += [f"--plugin=protoc-gen-mypy={mypy}", f"--mypy_out=quiet:{scratch}"]
             arguments += [f"--plugin=protoc-gen-mypy_grpc={mypy_grpc}"]
             arguments += [f"--mypy_grpc_out=quiet:{scratch}"]

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from loraserve.checkpoint.packed_adapter import describe, load_adapter_source, write_packed
 from loraserve.checkpoint.peft_adapter import read_peft_directory
-from loraserve.client import AdapterInfo
+from loraserve.client import AdapterInfo, Client
 from loraserve.commands.connection import add_connection, connect
-from loraserve.errors import AlreadyExistsError
+from loraserve.errors import AlreadyExistsError, DeadlineExceededError
 from loraserve.named_files import named, wrong
 
 _BASE = "name of the base model, where there are several (default: the only one)"
@@ -101,7 +101,10 @@ def _add(arguments: argparse.Namespace) -> int:
         packed = load_adapter_source(arguments.path)
     with connect(arguments) as client:
         if arguments.wait is not None:  # also for the cluster itself
-            client.wait_routable((), timeout_s=arguments.wait)
+            try:
+                client.wait_routable((), timeout_s=arguments.wait)
+            except DeadlineExceededError as error:
+                raise DeadlineExceededError("--wait", error.message) from None
         added = True
         try:
             info = client.adapters.add(arguments.name, packed, **options)
@@ -111,15 +114,25 @@ def _add(arguments: argparse.Namespace) -> int:
             info = client.adapters.update(arguments.name, packed, **options)
             added = False
         if arguments.wait is not None:
-            if added:
-                client.wait_admitted([info], timeout_s=arguments.wait)
-            else:
-                client.wait_routable(
-                    [info.name], base=info.base, timeout_s=arguments.wait, revision=info.revision
-                )
+            try:
+                _wait(client, info, added, arguments.wait)
+            except DeadlineExceededError as error:
+                raise DeadlineExceededError(
+                    "--wait", f"{error.message}; it stays registered, and loads when it can"
+                ) from None
             info = client.adapters.get(info.name, base=info.base)
         _print_one(info)
     return 0
+
+
+def _wait(client: Client, info: AdapterInfo, added: bool, timeout_s: float) -> None:
+    """Until the adapter serves. Raises DeadlineExceededError."""
+    if added:
+        client.wait_admitted([info], timeout_s=timeout_s)
+    else:
+        client.wait_routable(
+            [info.name], base=info.base, timeout_s=timeout_s, revision=info.revision
+        )
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,15 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from loraserve.errors import LoraServeError, NotFoundError, UnavailableError
+from loraserve.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LoraServeError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from loraserve.node.commands import Commands
 from loraserve.node.convert import adapter_id_to_wire, load_from_wire, seconds
 from loraserve.node.demand import Sample, sample_to_wire
@@ -28,6 +36,13 @@ from loraserve.wire_errors import from_rpc_error
 _log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 5.0
+# It is there, and will not have the node as it is.
+_REFUSALS = (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 _FIRST_BACKOFF_S = 0.2
 # A controller that is back must hear of all its nodes within five seconds.
 _LAST_BACKOFF_S = 1.0
@@ -109,9 +124,9 @@ class ControllerLink:
                     backoff_s = _FIRST_BACKOFF_S
                     await self._beat(period_s)
                 except grpc.aio.AioRpcError as error:
-                    self._tell_trouble(str(from_rpc_error(error)))
+                    self._tell_trouble(from_rpc_error(error))
                 except (StaleController, LoraServeError) as error:
-                    self._tell_trouble(str(error))
+                    self._tell_trouble(error)
                 except Exception:
                     _log.exception("the line to the controller broke")
                 self.registered.clear()
@@ -120,10 +135,13 @@ class ControllerLink:
         finally:
             await self._commands.close()
 
-    def _tell_trouble(self, why: str) -> None:
+    def _tell_trouble(self, error: Exception) -> None:
         """Once for the same trouble, however long it lasts."""
+        why = str(error)
         if why != self._told:
-            _log.warning("no controller, serving goes on: %s", why)
+            refused = isinstance(error, _REFUSALS)
+            what = "the controller refuses this node" if refused else "no controller"
+            _log.warning("%s, serving goes on: %s", what, why)
             self._told = why
 
     def _check_epoch(self, epoch: int) -> None:

@@ -86,7 +86,11 @@ def identity_of_certificate(auth_context: Mapping[str, Any]) -> Identity | None:
 def _check(method: str, identity: Identity | None) -> Identity:
     roles = ACCESS.get(method, frozenset())
     if identity is None:
-        raise UnauthenticatedError("authorization", "needs `Bearer KEY` with a key of this cluster")
+        raise UnauthenticatedError(
+            "authorization",
+            "needs `Bearer KEY` with a key of this cluster (of commands: --api-key-file, or "
+            "LORASERVE_API_KEY)",
+        )
     if not roles & identity.roles:
         held = ", ".join(sorted(role.value for role in identity.roles))
         raise PermissionDeniedError("authorization", f"role {held} may not call {method}")

@@ -213,7 +213,8 @@ def test_a_controller_that_refuses_is_told_once_and_serving_goes_on(
         await until(lambda: bool(fake.beats), "taken at last")
 
     play(tmp_path, script, fake)
-    assert caplog.text.count("no controller, serving goes on: incarnation: is the id") == 1
+    told = "the controller refuses this node, serving goes on: incarnation: is the id"
+    assert caplog.text.count(told) == 1
 
 
 @pytest.mark.parametrize("period_s", [0.0, -1.0, 4000.0])
