@@ -92,7 +92,10 @@ class Peering:
             except (FailedPreconditionError, UnavailableError) as error:
                 if options.transfer == UCX or options.gpudirect is not None:
                     raise
-                _log.warning("no one-sided reads: %s", error)
+                # Without the wheels of UCX that is as expected; adapters are streamed.
+                expected = isinstance(error, FailedPreconditionError)
+                level = logging.INFO if expected else logging.WARNING
+                _log.log(level, "no one-sided reads: %s", error)
         reader = None
         if options.gpudirect is not None:
             try:
