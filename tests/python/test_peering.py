@@ -129,6 +129,28 @@ def test_without_the_program_auto_streams_and_ucx_does_not_start(
     run(test)
 
 
+def test_a_site_s_own_ucx_that_is_not_there_is_a_warning_a_missing_program_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level("INFO")
+
+    async def told(level: str) -> None:
+        caplog.clear()
+        await (await started(AUTO)).close()
+        levels = [r.levelname for r in caplog.records if "no one-sided reads" in r.message]
+        assert levels == [level]
+
+    async def test() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(sidecar, "find_program", lambda: None)
+            await told("INFO")
+        monkeypatch.setattr(sidecar, "find_program", lambda: Path("/bin/true"))
+        monkeypatch.setenv("LORASERVE_UCX_PREFIX", str(tmp_path))
+        await told("WARNING")
+
+    run(test)
+
+
 @pytest.mark.skipif(find_program() is None, reason="loraserve-transfer is not built")
 def test_with_the_program_a_node_says_what_it_has() -> None:
     async def test() -> None:

@@ -17,6 +17,7 @@ from loraserve.node.pool.slots import HostPool
 from loraserve.node.transfer import TransferSidecar
 from loraserve.node.transfer.gpudirect import DeviceReads, proven_reader
 from loraserve.node.transfer.in_node import InNodeReader
+from loraserve.node.transfer.program import UCX_PREFIX
 from loraserve.security import TlsFiles, channel_credentials, client_context
 from loraserve.wire import bearer_metadata
 
@@ -93,7 +94,8 @@ class Peering:
                 if options.transfer == UCX or options.gpudirect is not None:
                     raise
                 # Without the wheels of UCX that is as expected; adapters are streamed.
-                expected = isinstance(error, FailedPreconditionError)
+                missing = isinstance(error, FailedPreconditionError)
+                expected = missing and error.field != UCX_PREFIX
                 level = logging.INFO if expected else logging.WARNING
                 _log.log(level, "no one-sided reads: %s", error)
         reader = None
