@@ -1,7 +1,9 @@
 """`loraserve adapter`: the adapters of a cluster, and packed adapters as files."""
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +103,8 @@ def _add(arguments: argparse.Namespace) -> int:
         packed = load_adapter_source(arguments.path)
     with connect(arguments) as client:
         if arguments.wait is not None:  # also for the cluster itself
-            try:
+            with _time_of_wait():
                 client.wait_routable((), timeout_s=arguments.wait)
-            except DeadlineExceededError as error:
-                raise DeadlineExceededError("--wait", error.message) from None
         added = True
         try:
             info = client.adapters.add(arguments.name, packed, **options)
@@ -114,15 +114,20 @@ def _add(arguments: argparse.Namespace) -> int:
             info = client.adapters.update(arguments.name, packed, **options)
             added = False
         if arguments.wait is not None:
-            try:
+            with _time_of_wait("; it stays registered, and loads when it can"):
                 _wait(client, info, added, arguments.wait)
-            except DeadlineExceededError as error:
-                raise DeadlineExceededError(
-                    "--wait", f"{error.message}; it stays registered, and loads when it can"
-                ) from None
             info = client.adapters.get(info.name, base=info.base)
         _print_one(info)
     return 0
+
+
+@contextlib.contextmanager
+def _time_of_wait(more: str = "") -> Iterator[None]:
+    """A deadline that passes is told as the option's."""
+    try:
+        yield
+    except DeadlineExceededError as error:
+        raise DeadlineExceededError("--wait", f"{error.message}{more}") from None
 
 
 def _wait(client: Client, info: AdapterInfo, added: bool, timeout_s: float) -> None:

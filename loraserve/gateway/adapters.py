@@ -14,13 +14,13 @@ from loraserve.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
     InvalidArgumentError,
-    LoraServeError,
     NotFoundError,
     PermissionDeniedError,
 )
 from loraserve.gateway.access import Caller
 from loraserve.gateway.http import Request
 from loraserve.gateway.models import table_of
+from loraserve.gateway.openai_errors import named_as_asked
 from loraserve.gateway.schema import Schema
 from loraserve.gateway.site import GatewaySite
 from loraserve.named_files import why, wrong
@@ -124,16 +124,6 @@ _FIELDS = {
 
 
 @contextlib.contextmanager
-def _named_as_asked() -> Iterator[None]:
-    """Errors name the fields of the request."""
-    try:
-        yield
-    except LoraServeError as error:
-        error.field = _FIELDS.get(error.field, error.field)
-        raise
-
-
-@contextlib.contextmanager
 def _about_the_path() -> Iterator[None]:
     """What is wrong with an adapter itself, a tensor or a field of its files, is the path's."""
     try:
@@ -161,7 +151,7 @@ class LoadAdapter:
         self._roots = roots
 
     async def __call__(self, request: Request, caller: Caller) -> None:
-        with _named_as_asked():
+        with named_as_asked(_FIELDS):
             await self._answer(request, caller)
 
     async def _answer(self, request: Request, caller: Caller) -> None:
@@ -209,7 +199,7 @@ class UnloadAdapter:
         self._site = site
 
     async def __call__(self, request: Request, caller: Caller) -> None:
-        with _named_as_asked():
+        with named_as_asked(_FIELDS):
             await self._answer(request, caller)
 
     async def _answer(self, request: Request, caller: Caller) -> None:

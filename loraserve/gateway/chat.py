@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from loraserve.client import AsyncClient
-from loraserve.errors import InvalidArgumentError, LoraServeError
+from loraserve.errors import InvalidArgumentError
 from loraserve.gateway.access import Caller
 from loraserve.gateway.answers import Choice, choices, pieces, whole
 from loraserve.gateway.frames import DONE, Frames
@@ -16,6 +16,7 @@ from loraserve.gateway.generation_schema import CHAT, MAX_TOKENS
 from loraserve.gateway.http import Request
 from loraserve.gateway.logprobs import ChatLogprobs, TokenNames, beside
 from loraserve.gateway.models import resolve
+from loraserve.gateway.openai_errors import named_as_asked
 from loraserve.gateway.prompts import INLINE_CHARACTERS, check_fits
 from loraserve.gateway.sampling import max_tokens_of, sampling
 from loraserve.gateway.site import GatewaySite
@@ -31,16 +32,6 @@ _FIELDS = {
 }
 
 
-@contextlib.contextmanager
-def _named_as_asked() -> Iterator[None]:
-    """Errors name the fields of the request."""
-    try:
-        yield
-    except LoraServeError as error:
-        error.field = _FIELDS.get(error.field, error.field)
-        raise
-
-
 def chat_prompt(site: GatewaySite, body: Mapping[str, Any]) -> list[int]:
     """Token ids of the rendered messages. Raises InvalidArgumentError."""
     if site.tokenizer is None:
@@ -49,7 +40,7 @@ def chat_prompt(site: GatewaySite, body: Mapping[str, Any]) -> list[int]:
         raise InvalidArgumentError(
             "messages", "the model has no chat template; use /v1/completions or --chat-template"
         )
-    with _named_as_asked():
+    with named_as_asked(_FIELDS):
         text = site.template.render(
             [_flat(message) for message in body["messages"]],
             body.get("add_generation_prompt", True),
@@ -104,7 +95,7 @@ class ChatCompletions:
         self._site = site
 
     async def __call__(self, request: Request, caller: Caller) -> None:
-        with _named_as_asked():
+        with named_as_asked(_FIELDS):
             await self._answer(request, caller)
 
     async def _answer(self, request: Request, caller: Caller) -> None:

@@ -1,8 +1,9 @@
 """Typed errors as OpenAI clients read them: a status, and one JSON object that names the field."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loraserve.errors import LoraServeError, ResourceExhaustedError
@@ -50,6 +51,16 @@ class HttpError(Exception):
         self.status = status
         self.param = param
         self.headers = headers
+
+
+@contextlib.contextmanager
+def named_as_asked(fields: Mapping[str, str]) -> Iterator[None]:
+    """Errors name the fields of the request: `fields` by what they became within."""
+    try:
+        yield
+    except LoraServeError as error:
+        error.field = fields.get(error.field, error.field)
+        raise
 
 
 def status_of(error: LoraServeError) -> int:
