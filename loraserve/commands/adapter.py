@@ -127,7 +127,7 @@ def _time_of_wait(more: str = "") -> Iterator[None]:
     try:
         yield
     except DeadlineExceededError as error:
-        raise DeadlineExceededError("--wait", f"{error.message}{more}") from None
+        raise DeadlineExceededError("wait", f"{error.message}{more}") from None
 
 
 def _wait(client: Client, info: AdapterInfo, added: bool, timeout_s: float) -> None:
