@@ -44,7 +44,7 @@ demo: setup ## start a small cluster and watch it answer
 	$(PY) -m loraserve.cli demo $(DEMO_ARGS)
 
 test: $(VENV)/.test setup ## the tests (any machine, no GPU)
-	$(PY) tools/run_tests.py tests
+	$(PY) tools/run_tests.py -rs tests
 
 stress: $(VENV)/.runtime ## engine and transfer under address, undefined-behaviour and thread sanitizers
 	$(BIN) cmake --preset asan >/dev/null && $(BIN) cmake --build --preset asan
