@@ -114,28 +114,32 @@ class Play:
                 assert held.dropping is None
 
     async def rest(self) -> None:
-        """Until nothing moves but what waits for its users."""
-        await until(
-            lambda: (
-                all(task.done() for task in self.waiting)
-                and not self.held._waiting
-                and not self.held._resolving._asking
-                and not any(h.state == FETCHING for h in self.held._all())
-                and all(h.users for h in self.held._all() if h.dropping is not None)
-            ),
-            "at rest",
+        """Until nothing moves but what waits for its users, and node, engine and pool agree."""
+
+        def kept() -> list[HeldAdapter]:
+            return [h for h in self.held._all() if h.state != FAILED]
+
+        def agree() -> bool:
+            # The pool has what is held, once for all names of a revision, and nothing else.
+            revisions = {h.spec.revision for h in kept()}
+            return (
+                sorted(self.engine.loaded) == sorted(h.engine_name for h in kept())
+                and self.host.pool.bytes_free == MEMORY - pool_bytes(len(revisions))
+                and set(self.host.pool._slots) == revisions
+            )
+
+        # Asked anew at every turn: users of a copy that is to go at once end a turn later.
+        await until(lambda: self._at_rest() and agree(), "at rest and in agreement")
+        assert {u for h in kept() for u in h.users} == {user for _, user in self.using}
+
+    def _at_rest(self) -> bool:
+        return (
+            all(task.done() for task in self.waiting)
+            and not self.held._waiting
+            and not self.held._resolving._asking
+            and not any(h.state == FETCHING for h in self.held._all())
+            and all(h.users for h in self.held._all() if h.dropping is not None)
         )
-        kept = [h for h in self.held._all() if h.state != FAILED]
-        await until(
-            lambda: sorted(self.engine.loaded) == sorted(h.engine_name for h in kept), "unloaded"
-        )
-        assert {u for h in kept for u in h.users} == {user for _, user in self.using}
-        # The pool has what is held, once for all names of a revision, and nothing else.
-        revisions = {h.spec.revision for h in kept}
-        await until(
-            lambda: self.host.pool.bytes_free == MEMORY - pool_bytes(len(revisions)), "given back"
-        )
-        assert set(self.host.pool._slots) == revisions
 
 
 @settings(max_examples=examples(120), deadline=None)
