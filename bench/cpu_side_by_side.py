@@ -73,9 +73,12 @@ class Ours:
     def decode(self, rows: int, context: int, steps: int, which: str = "base") -> float:
         """From the engine's records of the steps that only decode, all rows together."""
         self.engine.take_step_records()
-        self._generate(rows, context, steps + 1, self._adapters(rows, which))
+        # The first rows decode while the last are still in prefill.
+        apart = rows * context // self.engine.config.max_batch_tokens
+        self._generate(rows, context, steps + apart + 1, self._adapters(rows, which))
         time.sleep(0.05)  # the last step's record comes after its tokens
-        records = [r for r in self.engine.take_step_records() if r.decode_tokens == rows]
+        taken = self.engine.take_step_records()
+        records = [r for r in taken if r.decode_tokens == rows and not r.prefill_tokens]
         return rows * len(records) / sum(record.seconds for record in records)
 
     def outside_steps(self, rows: int, steps: int) -> float:

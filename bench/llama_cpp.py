@@ -15,6 +15,8 @@ from typing import Any
 
 from random_llama import VOCAB
 
+_TRIES = 10
+
 
 class LlamaCpp:
     """A CMake build directory of llama.cpp (or a copy of its bin/ and CMakeCache.txt)."""
@@ -51,8 +53,13 @@ class LlamaCpp:
 
     def _records(self, program: str, model: Path, arguments: list[str]) -> list[dict[str, Any]]:
         command = [str(self.bin / program), "-m", str(model), "-t", str(self.threads), *arguments]
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True)
-        records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        # Its log is written by a thread of its own, which the end of the program may overtake: then
+        # it has measured and printed nothing, and is asked again.
+        for _ in range(_TRIES):
+            done = subprocess.run(command, env=self._environment, capture_output=True, text=True)
+            records = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
+            if records or done.returncode != 0:
+                break
         if done.returncode != 0 or not records:
             raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
         return records
