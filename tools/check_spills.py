@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# <...GemmTile...>: the name is mangled, which is enough to know it by.
+# The name is mangled, which is enough to know it by.
+TILE = re.compile(r"(Gemm|Paged)Tile")
 SYMBOL = re.compile(r"^[0-9a-f]+ <(?P<name>.*)>:$")
 PRODUCT = re.compile(r"\bv(fmadd|fmla|mulps)|\bfmla\b")
 # A vector register stored to the stack; a store of the result goes through other registers.
@@ -27,7 +28,7 @@ def spills(listing: str) -> tuple[int, list[str]]:
     def judge() -> None:
         nonlocal tiles
         products = [i for i, line in enumerate(body) if PRODUCT.search(line)]
-        if "GemmTile" not in name or not products:
+        if not TILE.search(name) or not products:
             return
         tiles += 1
         inner = body[products[0] : products[-1] + 1]
