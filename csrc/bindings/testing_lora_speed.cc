@@ -30,8 +30,9 @@ class LoraSpeed {
   // `shapes`: (in, out) of the seven modules. `ranks`: of each adapter.
   LoraSpeed(const std::string& device, int layers,
             const std::vector<std::pair<int64_t, int64_t>>& shapes, const std::vector<int>& ranks,
-            int64_t max_rows, uint64_t page_bytes, uint64_t flush_bytes)
-      : backend_(Unwrap(CreateBackend({.device = device, .adapter_dtype = DType::kBF16}))),
+            int64_t max_rows, uint64_t page_bytes, uint64_t flush_bytes, const std::string& isa)
+      : backend_(
+            Unwrap(CreateBackend({.device = device, .adapter_dtype = DType::kBF16, .isa = isa}))),
         layers_(layers),
         shapes_(shapes),
         max_rows_(max_rows) {
@@ -185,9 +186,10 @@ class LoraSpeed {
 void BindLoraSpeed(py::module_& m) {
   py::class_<LoraSpeed>(m, "LoraSpeed")
       .def(py::init<const std::string&, int, const std::vector<std::pair<int64_t, int64_t>>&,
-                    const std::vector<int>&, int64_t, uint64_t, uint64_t>(),
+                    const std::vector<int>&, int64_t, uint64_t, uint64_t, const std::string&>(),
            py::arg("device"), py::arg("layers"), py::arg("shapes"), py::arg("ranks"),
-           py::arg("max_rows"), py::arg("page_bytes"), py::arg("flush_bytes") = 0)
+           py::arg("max_rows"), py::arg("page_bytes"), py::arg("flush_bytes") = 0,
+           py::arg("isa") = "")
       .def_property_readonly("name", &LoraSpeed::name)
       .def("weight_bytes", &LoraSpeed::WeightBytes)
       .def("run", &LoraSpeed::Run, py::arg("rows"), py::arg("segments"), py::arg("repeats"));

@@ -71,6 +71,20 @@ LS_INLINE void Store(float* p, V v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// sum += a * b, with the sum in a register.
+template <class V>
+LS_INLINE void MultiplyAdd(V& sum, V a, V b) {
+#if defined(__FMA__) && !defined(__AVX512F__)
+  // With 16 registers the compiler likes to have the result where a was, and then spills.
+  if constexpr (sizeof(V) == 32) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return;
+  }
+#endif
+  sum += a * b;
+  LS_PIN(sum);
+}
+
 // exp(x) for x <= 88, to 2 ulp; 0 below -87. Cody-Waite reduction and a degree-6 polynomial
 // (coefficients: Taylor in the reduced range [-ln2/2, ln2/2], error below 1e-7 relative).
 template <int L>
