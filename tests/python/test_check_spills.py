@@ -22,6 +22,10 @@ def test_a_store_before_the_products_or_to_the_result_is_none() -> None:
     assert spills(CLEAN) == (1, [])
 
 
+def test_tiles_of_paged_products_are_looked_at() -> None:
+    assert len(spills(SPILLING.replace("GemmTile", "PagedTile"))[1]) == 1
+
+
 def test_a_store_among_the_products_is_named() -> None:
     tiles, found = spills(SPILLING)
     assert tiles == 1
