@@ -40,6 +40,5 @@ def test_gemm_of_one_row(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_eight_adapters_with_a_row_each(isa: str) -> None:
-    """Of a loop that only reads memory. The aim is 0.70; 0.60 to 0.78 was measured, and this
-    catches what breaks it."""
-    reaches(0.50, lambda: _testing.lora_rates(isa, 2048, repeats=3))
+    """Of a loop that only reads memory. 0.71 to 0.80 was measured."""
+    reaches(0.70, lambda: _testing.lora_rates(isa, 2048, repeats=3))
