@@ -1,11 +1,12 @@
 """The CPU engine beside llama.cpp and PEFT on the same random checkpoints, interleaved.
 
     python bench/cpu_side_by_side.py --llama BUILD_DIR [--sizes 120m,1b] [--isa x86-64-v3]
-        [--repeats 5] [--work DIR] [--out FILE] [--table FILE]
+        [--activation-dtype bfloat16] [--repeats 5] [--work DIR] [--out FILE] [--table FILE]
 
 Every row is timed in rounds: ours, then each peer, then ours once more (the second time is the
 noise floor: what a ratio of a thing to itself comes to). Medians over the rounds; tokens/s. Ours:
-bfloat16 weights and adapters, float32 activations, sums and KV cache. docs/speed.md says how to get
+bfloat16 weights and adapters, float32 sums and KV cache, and float32 activations unless
+told otherwise. docs/speed.md says how to get
 a build of llama.cpp.
 """
 
@@ -36,13 +37,20 @@ CONTEXT = 8  # tokens before a decoded one, where context is not the point
 class Ours:
     """The engine with nothing cached between calls."""
 
-    def __init__(self, base: Path, adapters: list[Path], threads: int, isa: str) -> None:
+    def __init__(self, base: Path, adapters: list[Path], options: argparse.Namespace) -> None:
         self.engine = Engine(
             EngineConfig(
-                model=base, weight_dtype="bfloat16", adapter_dtype="bfloat16", threads=threads,
-                isa=isa, prefix_cache=False, record_steps=True, memory_bytes=2200 << 20,
+                model=base,
+                weight_dtype="bfloat16",
+                adapter_dtype="bfloat16",
+                activation_dtype=options.activation_dtype,
+                threads=options.threads,
+                isa=options.isa,
+                prefix_cache=False,
+                record_steps=True,
+                memory_bytes=2200 << 20,
             )
-        )  # fmt: skip
+        )
         for path in adapters:
             self.engine.load_adapter(path.name, path)
         self.names = [path.name for path in adapters]
@@ -207,7 +215,7 @@ def table(report: dict[str, Any]) -> str:
 def measure(options: argparse.Namespace, size: str, root: Path) -> dict[str, Any]:
     base, adapters = make_checkpoint(root, size)
     llama = LlamaCpp(options.llama, options.threads) if options.llama else None
-    ours = Ours(base, adapters, options.threads, options.isa)
+    ours = Ours(base, adapters, options)
     rows: dict[str, Any] = {}
     if llama is not None:
         dtypes = ("bf16", "f16", "f32")
@@ -240,6 +248,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--isa", default="", help="ours: the highest instruction set to use")
+    parser.add_argument(
+        "--activation-dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="ours"
+    )
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--work", type=Path, help="keeps checkpoints and GGUF files there")
     parser.add_argument("--out", type=Path)
@@ -247,6 +258,7 @@ def main() -> int:
     options = parser.parse_args()
     report: dict[str, Any] = measured_on()
     report |= {"isa": options.isa or "native", "threads": options.threads}
+    report |= {"activation_dtype": options.activation_dtype}
     report |= {"repeats": options.repeats, "results": {}}
     with tempfile.TemporaryDirectory() as scratch:
         root = options.work or Path(scratch)

@@ -16,4 +16,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     set_source_files_properties(${source} PROPERTIES
       COMPILE_OPTIONS "-march=x86-64-${level};-ffp-contract=fast;${kernel_level}")
   endforeach()
+  set(source csrc/backend/cpu/kernels_avx512_bf16.cc)
+  list(APPEND LORASERVE_CPU_KERNELS ${source})
+  set_source_files_properties(${source} PROPERTIES
+    COMPILE_OPTIONS "-march=x86-64-v4;-mavx512bf16;-ffp-contract=fast;${kernel_level}")
 endif()

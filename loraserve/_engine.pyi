@@ -17,7 +17,7 @@ class EngineConfig:
     record_steps: bool
     def __init__(self) -> None:
         ...
-    def set_dtypes(self, weight: str, adapter: str | None) -> None:
+    def set_dtypes(self, weight: str, adapter: str | None, activation: str | None) -> None:
         ...
     @property
     def block_size(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 # The name is mangled, which is enough to know it by.
 TILE = re.compile(r"(Gemm|Paged)Tile")
 SYMBOL = re.compile(r"^[0-9a-f]+ <(?P<name>.*)>:$")
-PRODUCT = re.compile(r"\bv(fmadd|fmla|mulps)|\bfmla\b")
+PRODUCT = re.compile(r"\bv(fmadd|fmla|mulps|dpbf16ps)|\bfmla\b")
 # A vector register stored to the stack; a store of the result goes through other registers.
 SPILL = re.compile(r"\bvmov\w*\s+%[xyz]mm\d+,-?(0x[0-9a-f]+)?\(%r[sb]p\)|\bst[rp]\s+q\d+.*\[sp")
 

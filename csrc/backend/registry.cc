@@ -45,10 +45,15 @@ Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options) {
     return std::unique_ptr<Backend>(std::make_unique<CpuBackend>(
         CpuBackendOptions{.threads = options.threads > 0 ? options.threads : UsableCores(),
                           .adapter_dtype = options.adapter_dtype,
+                          .activation_dtype = options.activation_dtype.value_or(DType::kF32),
                           .isa = options.isa}));
   }
 #if defined(LORASERVE_HAS_CUDA) || defined(LORASERVE_CUDA_EMULATED)
   if (options.device == kCudaDevice) {
+    if (options.activation_dtype.value_or(DType::kBF16) != DType::kBF16) {
+      return Status(StatusCode::kInvalidArgument,
+                    "activation_dtype: float32, activations are bfloat16 on cuda");
+    }
     auto backend = CudaBackend::Create();
     if (!backend.ok()) return backend.status();
     return std::unique_ptr<Backend>(std::move(backend.value()));

@@ -14,10 +14,12 @@ struct BackendOptions {
   int threads = 0;  // 0: one for each core this process may use
   // Of installed adapters: kF32 or kBF16; none: bfloat16 stays so, the rest becomes float32.
   std::optional<DType> adapter_dtype;
+  // That products with base weights read. CPU: kF32, the default, or kBF16; CUDA: kBF16.
+  std::optional<DType> activation_dtype;
   std::string isa;  // CPU: the highest instruction set to use; empty: no limit
 };
 
-// kInvalidArgument for a device this build does not have.
+// kInvalidArgument for a device this build does not have, or what it cannot do.
 Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options);
 
 }  // namespace loraserve

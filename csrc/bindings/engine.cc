@@ -147,13 +147,15 @@ void BindConfig(py::module_& m) {
           [](EngineConfig& c, const std::string& isa) { c.backend.isa = isa; })
       .def(
           "set_dtypes",
-          [](EngineConfig& c, const std::string& weight,
-             const std::optional<std::string>& adapter) {
+          [](EngineConfig& c, const std::string& weight, const std::optional<std::string>& adapter,
+             const std::optional<std::string>& activation) {
             c.weight_dtype = ParseDType(weight);
             c.backend.adapter_dtype = std::nullopt;
             if (adapter) c.backend.adapter_dtype = ParseDType(*adapter);
+            c.backend.activation_dtype = std::nullopt;
+            if (activation) c.backend.activation_dtype = ParseDType(*activation);
           },
-          py::arg("weight"), py::arg("adapter"))
+          py::arg("weight"), py::arg("adapter"), py::arg("activation"))
       .def_readwrite("memory_bytes", &EngineConfig::memory_bytes)
       .def_readwrite("block_size", &EngineConfig::block_size)
       .def_readwrite("page_bytes", &EngineConfig::page_bytes)

@@ -49,12 +49,15 @@ struct KvShape {
 class BackendOps {
  public:
   BackendOps(const std::string& device, const std::string& isa, int threads,
-             const std::optional<std::string>& adapter_dtype)
+             const std::optional<std::string>& adapter_dtype,
+             const std::optional<std::string>& activation_dtype)
       : backend_(Unwrap(CreateBackend(
             {.device = device,
              .threads = threads,
              .adapter_dtype =
                  adapter_dtype ? std::optional(ParseDType(*adapter_dtype)) : std::nullopt,
+             .activation_dtype =
+                 activation_dtype ? std::optional(ParseDType(*activation_dtype)) : std::nullopt,
              .isa = isa}))),
         arrays_(backend_.get()) {}
 
@@ -361,10 +364,10 @@ void BindBackendOps(py::module_& m) {
       .def_readwrite("logit_bias", &OwnedSampleRow::bias)
       .def_readwrite("mask", &OwnedSampleRow::mask_words);
   py::class_<BackendOps>(m, "BackendOps")
-      .def(py::init<const std::string&, const std::string&, int,
+      .def(py::init<const std::string&, const std::string&, int, const std::optional<std::string>&,
                     const std::optional<std::string>&>(),
            py::arg("device"), py::arg("isa") = "", py::arg("threads") = 2,
-           py::arg("adapter_dtype") = py::none())
+           py::arg("adapter_dtype") = py::none(), py::arg("activation_dtype") = py::none())
       .def_property_readonly("name", &BackendOps::name)
       .def("register_host_memory", &BackendOps::RegisterHostMemory, py::arg("memory"))
       .def("unregister_host_memory", &BackendOps::UnregisterHostMemory)

@@ -21,6 +21,10 @@ class EngineConfig:
     """auto: bfloat16 if the checkpoint is bfloat16, else float32."""
     adapter_dtype: DTypeChoice = "auto"
     """auto: bfloat16 adapters stay so, others become float32."""
+    activation_dtype: DTypeChoice = "auto"
+    """What products with base weights read the activations as. auto: float32 on cpu, bfloat16 on
+    cuda. bfloat16 on cpu needs bfloat16 weights, rounds as engines that compute in bfloat16 do, and
+    is faster where the machine has AVX512-BF16; sums, adapters and the KV cache stay float32."""
     memory_bytes: int | None = None
     """KV cache and adapters together; None: 1 GiB."""
     block_size: int = 16

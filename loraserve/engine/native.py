@@ -42,11 +42,24 @@ def native_config(config: EngineConfig, weight_dtype: str) -> _engine.EngineConf
         assign(native, name, getattr(config, name))
     memory = DEFAULT_MEMORY_BYTES if config.memory_bytes is None else config.memory_bytes
     assign(native, "memory_bytes", memory)
-    adapter_dtype = None if config.adapter_dtype == "auto" else config.adapter_dtype
-    for field, dtype in (("weight_dtype", weight_dtype), ("adapter_dtype", adapter_dtype)):
-        if dtype not in ("float32", "bfloat16") and not (field, dtype) == ("adapter_dtype", None):
+    dtypes = {
+        "weight_dtype": weight_dtype,
+        "adapter_dtype": config.adapter_dtype,
+        "activation_dtype": config.activation_dtype,
+    }
+    for field, dtype in dtypes.items():
+        if dtype not in ("auto", "float32", "bfloat16"):
             raise InvalidArgumentError(field, f"{dtype!r} is not auto, float32 or bfloat16")
-    native.set_dtypes(weight_dtype, adapter_dtype)
+    activation = config.activation_dtype
+    if config.device == "cpu" and (activation, weight_dtype) == ("bfloat16", "float32"):
+        raise InvalidArgumentError(
+            "activation_dtype", "bfloat16 needs weights in bfloat16, weight_dtype is float32"
+        )
+    native.set_dtypes(
+        weight_dtype,
+        None if config.adapter_dtype == "auto" else config.adapter_dtype,
+        None if activation == "auto" else activation,
+    )
     return native
 
 

@@ -23,6 +23,7 @@ class ModelOptions:
     """The name of the base model; empty: the directory's."""
     device: str = "cpu"
     weight_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    activation_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     memory_bytes: int = 0
     max_sequences: int = 64
     max_batch_tokens: int = 512
@@ -49,6 +50,7 @@ def open_model(options: ModelOptions) -> LoadedModel:
         base_name=options.base or None,
         device=options.device,
         weight_dtype=options.weight_dtype,
+        activation_dtype=options.activation_dtype,
         memory_bytes=options.memory_bytes or None,
         max_sequences=options.max_sequences,
         max_batch_tokens=options.max_batch_tokens,

@@ -33,6 +33,7 @@ class ProfileOptions:
     base: str = ""
     device: str = "cpu"
     weight_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    activation_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     memory_bytes: int = 2 << 30
     max_batch_tokens: int = 512
     max_sequences: int = 64
@@ -60,6 +61,7 @@ def measure(
         model=options.model,
         device=options.device,
         weight_dtype=options.weight_dtype,
+        activation_dtype=options.activation_dtype,
         memory_bytes=options.memory_bytes,
         max_batch_tokens=options.max_batch_tokens,
         max_sequences=options.max_sequences,

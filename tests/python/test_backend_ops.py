@@ -86,6 +86,34 @@ def test_gemm_rows_do_not_depend_on_their_company(device: str, isa: str, dtype: 
         assert np.array_equal(alone.gemm(x[begin:end], [w], dtype=dtype), together[begin:end])
 
 
+@pytest.mark.parametrize(("rows", "n", "k"), GEMM_SHAPES)
+def test_gemm_of_rounded_activations(device: str, isa: str, rows: int, n: int, k: int) -> None:
+    """Both sides in bfloat16: the products are exact in float32, so only the sums differ."""
+    backend = open_backend(device, isa, activation_dtype="bfloat16")
+    rng = np.random.default_rng(rows * n * k + 1)
+    x, w, y = precise(rng, rows, k), precise(rng, n, k), random(rng, rows, n)
+    bias = precise(rng, n)
+    product = from_bits(to_bits(x)).astype(np.float64) @ kept(w, "bfloat16").T
+    scale = np.sqrt(k) if k < 512 else k / 4
+    found = backend.gemm(x, [w], bias=list(bias), dtype="bfloat16")
+    close(device, "gemm", found, product + bias, scale)
+    close(device, "gemm", backend.gemm(x, [w], dtype="bfloat16", y=y), product + y, scale)
+    if device in BATCH_INVARIANT:
+        alone = open_backend(device, isa, threads=1, activation_dtype="bfloat16")
+        for begin, end in {(0, 1), (rows - 1, rows), (rows // 3, rows)}:
+            own = alone.gemm(x[begin:end], [w], bias=list(bias), dtype="bfloat16")
+            assert np.array_equal(own, found[begin:end])
+
+
+def test_float32_weights_see_activations_unrounded(device: str, isa: str) -> None:
+    backend = open_backend(device, isa, activation_dtype="bfloat16")
+    if kind(device) == "cuda":
+        pytest.skip("cuda has bfloat16 alone")
+    rng = np.random.default_rng(8)
+    x, w = precise(rng, 3, 40), precise(rng, 20, 40)
+    assert np.array_equal(backend.gemm(x, [w]), open_backend(device, isa).gemm(x, [w]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embed(device: str, isa: str, dtype: str) -> None:
     backend = open_backend(device, isa)

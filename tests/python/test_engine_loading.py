@@ -25,6 +25,8 @@ NAME = "llama"
         ("isa", "x86-64-v9"),
         ("weight_dtype", "int3"),
         ("adapter_dtype", "float64"),
+        ("activation_dtype", "float16"),
+        ("activation_dtype", "bfloat16"),  # the weights of this one are float32
         ("memory_bytes", 1),
         ("memory_bytes", -1),
         ("block_size", 0),

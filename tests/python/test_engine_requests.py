@@ -88,6 +88,23 @@ def test_dtype_choices(weight_dtype: Any, adapter_dtype: Any) -> None:
         assert engine.stats().adapter_weight_bytes == stored * ranks
 
 
+def test_activations_rounded_to_bfloat16() -> None:
+    """Not the same numbers, and close to them."""
+    params = SamplingParams(max_tokens=6, temperature=0.0, logprobs=0)
+    found = []
+    for dtype in ("float32", "bfloat16", "auto"):
+        config = EngineConfig(model=demo.MODEL_DIRECTORY, activation_dtype=dtype)  # type: ignore[arg-type]
+        with Engine(config) as engine:
+            assert engine.backend_name.endswith("bfloat16") == (dtype == "bfloat16")
+            engine.load_adapter("reverse", demo.adapter_directory("reverse"))
+            (done,) = engine.generate([PROMPT], params, ["reverse"])
+            assert done.text == WORD[::-1]
+            found.append(done.logprobs)
+    exact, rounded, auto = found
+    assert auto == exact != rounded
+    assert rounded == pytest.approx(exact, abs=0.05)
+
+
 def engine_modules(directory: Any) -> Any:
     from loraserve.checkpoint.peft_adapter import read_peft_directory
 

@@ -34,7 +34,10 @@ CpuBackend::CpuBackend(const CpuBackendOptions& options)
   sampler_scratch_.resize(static_cast<size_t>(pool_.size()));
 }
 
-std::string CpuBackend::name() const { return std::string("cpu ") + kernels_.name; }
+std::string CpuBackend::name() const {
+  const bool rounded = options_.activation_dtype == DType::kBF16;
+  return std::string("cpu ") + kernels_.name + (rounded ? " bfloat16" : "");
+}
 
 template <class Function>
 void CpuBackend::Split(int64_t units, int64_t cost, Function&& function) {
@@ -182,7 +185,9 @@ void CpuBackend::Gemm(Stream*, Tensor x, const PreparedWeight& weight, bool accu
     part.scratch = Scratch(gemm_scratch_, share, GemmScratch(x.rows, args.k));
     part.panel_begin = begin;
     part.panel_end = end;
-    kernels_.gemm(part);
+    // Rounding has no part in products with float32 weights.
+    const bool rounded = options_.activation_dtype == DType::kBF16 && w.bfloat16();
+    (rounded ? kernels_.rounded_gemm : kernels_.gemm)(part);
   });
 }
 

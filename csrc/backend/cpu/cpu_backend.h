@@ -1,4 +1,5 @@
-// The Backend of host memory and SIMD kernels. Activations and KV are float32.
+// The Backend of host memory and SIMD kernels. Activations and KV are float32; products with
+// bfloat16 base weights may read the activations rounded.
 #pragma once
 
 #include <memory>
@@ -17,8 +18,9 @@ namespace loraserve {
 
 struct CpuBackendOptions {
   int threads = 1;
-  std::optional<DType> adapter_dtype;  // in pages; none: bfloat16 stays so, the rest is float32
-  std::string isa;                     // the highest instruction set to use; empty: no limit
+  std::optional<DType> adapter_dtype;    // in pages; none: bfloat16 stays so, the rest is float32
+  DType activation_dtype = DType::kF32;  // that products with base weights read; or kBF16
+  std::string isa;                       // the highest instruction set to use; empty: no limit
 };
 
 class CpuBackend final : public Backend {

@@ -19,13 +19,29 @@ namespace x86_64_v4 {
 extern const CpuKernels kKernels;
 }
 
+namespace avx512_bf16 {
+void RoundedGemm(const GemmArgs& g);
+}
+
+namespace {
+// Not a level of its own: the rest is the same, and there are machines with and without it.
+const CpuKernels& V4() {
+  static const CpuKernels kernels = [] {
+    CpuKernels v4 = x86_64_v4::kKernels;
+    if (__builtin_cpu_supports("avx512bf16")) v4.rounded_gemm = avx512_bf16::RoundedGemm;
+    return v4;
+  }();
+  return kernels;
+}
+}  // namespace
+
 const CpuKernels& SelectKernels(const char* limit) {
   struct Level {
     const CpuKernels& kernels;
     bool runs;
   };
   const Level levels[] = {
-      {x86_64_v4::kKernels, __builtin_cpu_supports("x86-64-v4") != 0},
+      {V4(), __builtin_cpu_supports("x86-64-v4") != 0},
       {x86_64_v3::kKernels, __builtin_cpu_supports("x86-64-v3") != 0},
       {x86_64_v2::kKernels, __builtin_cpu_supports("x86-64-v2") != 0},
   };

@@ -95,6 +95,8 @@ inline int64_t AttentionScratch(int64_t context, int padded_head_dim) {
 struct CpuKernels {
   const char* name;
   void (*gemm)(const GemmArgs&);
+  // As gemm with bfloat16 weights, after x has been rounded to bfloat16 too; sums stay float32.
+  void (*rounded_gemm)(const GemmArgs&);
   void (*paged_gemm)(const PagedGemmArgs&);
   void (*attention)(const AttentionArgs&);
   // y = x / sqrt(mean(x^2) + eps) * weight over n values; y may be x.
