@@ -183,6 +183,33 @@ def adapter_rows(ours: Ours, peft: PeftMixed | None, size: str, repeats: int) ->
     return rows
 
 
+def merely_loaded(ours: Ours, alone: Ours, size: str, repeats: int) -> Any:
+    """Rank-8 requests in an engine that holds all adapters, and in one that holds theirs alone."""
+    few = {"120m": 32, "1b": 6}.get(size, 8)
+    runs: dict[str, Run] = {
+        OURS: lambda: ours.decode(8, CONTEXT, few, "low"),
+        "rank 128 not loaded": lambda: alone.decode(8, CONTEXT, few, "low"),
+    }
+    alone.decode(8, CONTEXT, few, "low")
+    return {"rank 8 only, rank 128 merely loaded": rounds(f"{size} rank 8", repeats, runs)}
+
+
+def attention_share(ours: Ours, repeats: int) -> dict[str, float]:
+    """Of a step, in percent: what the same rows save where there is next to no context. Prefill is
+    beside the same tokens in 64 prompts, which have 63 more rows of logits: a little too low."""
+
+    def share(long: Run, short: Run) -> float:
+        pairs = [(long(), short()) for _ in range(repeats)]
+        return round(100 * statistics.median(1 - slow / fast for slow, fast in pairs), 1)
+
+    return {
+        "decode batch 8 at 2k context": share(
+            lambda: ours.decode(8, 2040, 8), lambda: ours.decode(8, CONTEXT, 16)
+        ),
+        "prefill 2048": share(lambda: ours.prefill(1, 2048), lambda: ours.prefill(64, 32)),
+    }
+
+
 def server_rows(ours: Ours, server: LlamaServer, size: str, repeats: int) -> Any:
     steps = 32 if size == "120m" else 16
     runs: dict[str, Run] = {
@@ -229,6 +256,11 @@ def measure(options: argparse.Namespace, size: str, root: Path) -> dict[str, Any
             server.close()
     peft = None if options.no_peft else PeftMixed(base, adapters, options.threads)
     rows |= adapter_rows(ours, peft, size, options.repeats)
+    alone = Ours(base, adapters[:1], options)
+    rows |= merely_loaded(ours, alone, size, options.repeats)
+    alone.engine.close()
+    if size != "1b":
+        rows["attention"] = {"percent_of_step": attention_share(ours, options.repeats)}
     read = _testing.read_gbytes_per_s(options.threads)
     decode = ours.decode(1, CONTEXT, 16)
     rows["decode batch 1, bandwidth"] = {
