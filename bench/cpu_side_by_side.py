@@ -211,7 +211,7 @@ def attention_share(ours: Ours, repeats: int) -> dict[str, float]:
 
 
 def server_rows(ours: Ours, server: LlamaServer, size: str, repeats: int) -> Any:
-    steps = 32 if size == "120m" else 16
+    steps = {"120m": 128, "1b": 48}.get(size, 16)
     runs: dict[str, Run] = {
         OURS: lambda: ours.whole(8, 32, steps, "mixed"),
         "llama-server f16": lambda: server.generate(8, 32, steps, lambda index: index % 8),
@@ -273,6 +273,23 @@ def measure(options: argparse.Namespace, size: str, root: Path) -> dict[str, Any
     return rows
 
 
+# What keeps PyTorch and its libraries to the instructions that ours is told to use.
+TORCH_LIMITS = {
+    "x86-64-v3": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    }
+}
+
+
+def limit_torch(isa: str) -> None:
+    """Starts this program anew if need be: the libraries look when they are loaded."""
+    limits = TORCH_LIMITS.get(isa, {})
+    if any(os.environ.get(name) != value for name, value in limits.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | limits)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--llama", type=Path, help="a build directory; without it no llama.cpp")
@@ -288,6 +305,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
+    limit_torch(options.isa)
     report: dict[str, Any] = measured_on()
     report |= {"isa": options.isa or "native", "threads": options.threads}
     report |= {"activation_dtype": options.activation_dtype}
