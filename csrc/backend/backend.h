@@ -146,6 +146,13 @@ class Backend {
   virtual Result<std::unique_ptr<PreparedWeight>> PrepareWeight(std::span<const HostMatrix> parts,
                                                                 std::vector<float> bias,
                                                                 DType dtype) = 0;
+  // Foretells that Gemm will be asked for `weight` with x and y of these strides, on PaddedRows(n,
+  // max_rows) rows for any n up to `max_rows`: what has to be found out about a shape is found out
+  // now, not in a step.
+  virtual void PlanGemm(const PreparedWeight& /*weight*/, int64_t /*x_stride*/,
+                        int64_t /*y_stride*/, bool /*accumulate*/, int64_t /*max_rows*/) {}
+  // `rows`, or more up to `max_rows`: what to run a product on that nobody reads the last rows of.
+  virtual int64_t PaddedRows(int64_t rows, int64_t /*max_rows*/) const { return rows; }
   // A vector of float32 in device memory, for norms.
   virtual Result<std::unique_ptr<Buffer>> PrepareVector(std::span<const float> values) = 0;
 

@@ -44,6 +44,7 @@ Result<std::unique_ptr<LlamaModel>> LlamaModel::Create(Backend* backend, const M
   Status status = model->Prepare(weights, dtype);
   if (status.ok()) status = model->AllocateActivations(max_rows, max_logit_rows);
   if (!status.ok()) return status;
+  model->PlanProducts();
   return model;
 }
 
@@ -96,6 +97,7 @@ Status LlamaModel::PrepareLayer(const LayerWeights& w, DType dtype) {
 
 Status LlamaModel::AllocateActivations(int64_t max_rows, int64_t max_logit_rows) {
   max_rows_ = max_rows;
+  max_logit_rows_ = max_logit_rows;
   Loading loading;
   const auto allocate = [&](Activation& activation, int64_t rows, int64_t cols) {
     activation.cols = cols;
@@ -113,6 +115,20 @@ Status LlamaModel::AllocateActivations(int64_t max_rows, int64_t max_logit_rows)
   allocate(gathered_, max_logit_rows, config_.hidden_size);
   allocate(logits_, max_logit_rows, config_.vocab_size);
   return loading.status;
+}
+
+void LlamaModel::PlanProducts() {
+  const auto plan = [this](const PreparedWeight& weight, const Activation& x, const Activation& y,
+                           bool accumulate, int64_t max_rows) {
+    backend_->PlanGemm(weight, x.stride, y.stride, accumulate, max_rows);
+  };
+  for (const Layer& layer : layers_) {
+    plan(*layer.qkv, normed_, qkv_, false, max_rows_);
+    plan(*layer.o, attention_, hidden_, true, max_rows_);
+    plan(*layer.gate_up, normed_, gate_up_, false, max_rows_);
+    plan(*layer.down, product_, hidden_, true, max_rows_);
+  }
+  plan(lm_head_ ? *lm_head_ : *embedding_, gathered_, logits_, false, max_logit_rows_);
 }
 
 void LlamaModel::Forward(Stream* stream, int64_t rows) {
@@ -167,12 +183,13 @@ void LlamaModel::RunLayer(Stream* stream, int index, int64_t rows) {
 Tensor LlamaModel::Logits(Stream* stream, std::span<const int32_t> rows) {
   const auto count = static_cast<int64_t>(rows.size());
   const Tensor gathered = gathered_.View(count);
-  const Tensor logits = logits_.View(count);
+  const int64_t padded = backend_->PaddedRows(count, max_logit_rows_);
   // Row indices are below the rows of the last Forward.
   backend_->GatherRows(stream, hidden_.View(count), rows, gathered);
   backend_->RmsNorm(stream, gathered, *final_norm_, gathered.cols, config_.rms_norm_eps, gathered);
-  backend_->Gemm(stream, gathered, lm_head_ ? *lm_head_ : *embedding_, false, logits);
-  return logits;
+  backend_->Gemm(stream, gathered_.View(padded), lm_head_ ? *lm_head_ : *embedding_, false,
+                 logits_.View(padded));
+  return logits_.View(count);
 }
 
 }  // namespace loraserve

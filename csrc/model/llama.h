@@ -46,6 +46,7 @@ class LlamaModel {
   Status Prepare(const ModelWeights& weights, DType dtype);
   Status PrepareLayer(const LayerWeights& weights, DType dtype);
   Status AllocateActivations(int64_t max_rows, int64_t max_logit_rows);
+  void PlanProducts();
   void RunLayer(Stream* stream, int layer, int64_t rows);
 
   Backend* backend_;
@@ -58,6 +59,7 @@ class LlamaModel {
 
   Activation hidden_, normed_, qkv_, attention_, gate_up_, product_, gathered_, logits_;
   int64_t max_rows_ = 0;
+  int64_t max_logit_rows_ = 0;
 };
 
 }  // namespace loraserve

@@ -7,6 +7,7 @@
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/dense_kernels.h"
 #include "backend/cuda/prepared_weight.h"
+#include "backend/cuda/row_buckets.h"
 #include "base/check.h"
 
 namespace loraserve {
@@ -15,16 +16,19 @@ namespace {
 
 constexpr int64_t kMaxGraphRows = 512;
 
-// Rows that a decode step is padded to, so that few graphs serve all.
-int64_t BucketOf(int64_t rows) {
-  if (rows <= 2) return rows;
-  if (rows <= 4) return 4;
-  const int64_t unit = rows <= 64 ? 8 : (rows <= 256 ? 16 : 32);
-  return (rows + unit - 1) / unit * unit;
-}
-
 const CudaWeight& Cuda(const PreparedWeight& weight) {
   return static_cast<const CudaWeight&>(weight);
+}
+
+GemmShape ShapeOf(const CudaWeight& weight, int64_t rows, int64_t x_stride, int64_t y_stride,
+                  bool accumulate) {
+  return {.rows = rows,
+          .n = weight.out_features(),
+          .k = weight.in_features(),
+          .x_stride = x_stride,
+          .weight_stride = weight.stride(),
+          .y_stride = y_stride,
+          .accumulate = accumulate};
 }
 
 template <class T>
@@ -137,6 +141,19 @@ Result<std::unique_ptr<Buffer>> CudaBackend::PrepareVector(std::span<const float
   auto buffer = UploadFloats(stream_, values, "device: a vector");
   if (!buffer.ok()) return buffer.status();
   return std::unique_ptr<Buffer>(std::move(buffer.value()));
+}
+
+void CudaBackend::PlanGemm(const PreparedWeight& weight, int64_t x_stride, int64_t y_stride,
+                           bool accumulate, int64_t max_rows) {
+  const CudaWeight& w = Cuda(weight);
+  for (int64_t rows = 0; rows < max_rows;) {
+    rows = PaddedRowsOf(rows + 1, max_rows);
+    gemm_->Plan(ShapeOf(w, rows, x_stride, y_stride, accumulate || w.bias() != nullptr));
+  }
+}
+
+int64_t CudaBackend::PaddedRows(int64_t rows, int64_t max_rows) const {
+  return PaddedRowsOf(rows, max_rows);
 }
 
 uint64_t CudaBackend::KvTileBytes(const KvLayout& layout) const {
@@ -263,9 +280,8 @@ void CudaBackend::BeginStep(Stream*, const StepInputs& inputs) {
     decode_only_ = decode_only_ && sequence.row_count == 1;
     has_decode_rows_ = has_decode_rows_ || sequence.row_count == 1;
   }
-  padded_rows_ = decode_only_ && rows <= kMaxGraphRows ? BucketOf(rows) : rows;
   PlanStepLora(inputs);
-  WriteTables(inputs, padded_rows_);
+  WriteTables(inputs, PaddedRowsOf(rows, INT64_MAX));  // RunStep may have room for fewer
   const auto layers = static_cast<uint64_t>(step_.num_lora_layers);
   const uint64_t ready = layers * plan_.entries.size();
   step_.units =
@@ -283,25 +299,27 @@ void CudaBackend::BeginStep(Stream*, const StepInputs& inputs) {
 void CudaBackend::RunStep(Stream* stream, int64_t rows, int64_t max_rows,
                           const std::function<void(int64_t)>& step) {
   const cudaStream_t on = StreamOf(stream);
-  if (!use_graphs_ || !decode_only_ || rows > kMaxGraphRows || padded_rows_ > max_rows) {
-    step(rows);
+  const int64_t padded = PaddedRowsOf(rows, max_rows);
+  if (!use_graphs_ || !decode_only_ || padded > kMaxGraphRows) {
+    step(padded);
   } else {
-    RunGraph(on, step);
+    RunGraph(on, padded, step);
   }
   LS_CUDA(cudaEventRecord(step_queued_, on));
 }
 
-void CudaBackend::RunGraph(cudaStream_t stream, const std::function<void(int64_t)>& step) {
+void CudaBackend::RunGraph(cudaStream_t stream, int64_t rows,
+                           const std::function<void(int64_t)>& step) {
   const int lora = plan_.entries.empty() ? 0 : (plan_.token_tile == kDecodeTokens ? 1 : 2);
-  Graph& graph = graphs_[{padded_rows_, lora}];
+  Graph& graph = graphs_[{rows, lora}];
   if (!graph.warm) {
     graph.warm = true;
-    return step(padded_rows_);
+    return step(rows);
   }
   if (graph.exec == nullptr) {
     cudaGraph_t recorded = nullptr;
     LS_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    step(padded_rows_);
+    step(rows);
     LS_CUDA(cudaStreamEndCapture(stream, &recorded));
     LS_CUDA(cudaGraphInstantiate(&graph.exec, recorded, 0));
     LS_CUDA(cudaGraphDestroy(recorded));
@@ -331,14 +349,7 @@ void CudaBackend::Gemm(Stream* stream, Tensor x, const PreparedWeight& weight, b
     RunFillRows(on, w.bias(), y);
     accumulate = true;
   }
-  gemm_->Run(on,
-             {.rows = x.rows,
-              .n = w.out_features(),
-              .k = w.in_features(),
-              .x_stride = x.stride,
-              .weight_stride = w.stride(),
-              .y_stride = y.stride,
-              .accumulate = accumulate},
+  gemm_->Run(on, ShapeOf(w, x.rows, x.stride, y.stride, accumulate),
              static_cast<const uint16_t*>(x.data), w.data(), static_cast<uint16_t*>(y.data));
 }
 

@@ -27,6 +27,9 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override;
 
   std::string name() const override { return name_; }
+  // What calls without a Stream are queued on.
+  cudaStream_t stream() const { return stream_; }
+  int multiprocessors() const { return multiprocessors_; }
   int64_t RowStride(int64_t cols) const override { return (cols + 7) / 8 * 8; }
   DType activation_dtype() const override { return DType::kBF16; }
   Result<std::unique_ptr<Buffer>> Allocate(uint64_t bytes) override;
@@ -39,6 +42,9 @@ class CudaBackend final : public Backend {
   Result<std::unique_ptr<PreparedWeight>> PrepareWeight(std::span<const HostMatrix> parts,
                                                         std::vector<float> bias,
                                                         DType dtype) override;
+  void PlanGemm(const PreparedWeight& weight, int64_t x_stride, int64_t y_stride, bool accumulate,
+                int64_t max_rows) override;
+  int64_t PaddedRows(int64_t rows, int64_t max_rows) const override;
   Result<std::unique_ptr<Buffer>> PrepareVector(std::span<const float> values) override;
   uint64_t KvTileBytes(const KvLayout& layout) const override;
   Status BindPages(const KvLayout& layout, uint32_t num_pages,
@@ -74,8 +80,8 @@ class CudaBackend final : public Backend {
   cudaStream_t StreamOf(Stream* stream) const;
   void PlanStepLora(const StepInputs& inputs);
   void WriteTables(const StepInputs& inputs, int64_t padded);
-  // The step begun last, by its graph where there is one, on padded_rows_ rows.
-  void RunGraph(cudaStream_t stream, const std::function<void(int64_t)>& step);
+  // The step begun last, by its graph where there is one, on so many rows.
+  void RunGraph(cudaStream_t stream, int64_t rows, const std::function<void(int64_t)>& step);
   void DropGraphs();
 
   std::string name_;
@@ -107,7 +113,6 @@ class CudaBackend final : public Backend {
   std::vector<AttentionTile> attention_tiles_;
   bool decode_only_ = false;
   bool has_decode_rows_ = false;
-  int64_t padded_rows_ = 0;
   std::map<GraphKey, Graph> graphs_;
   bool use_graphs_ = true;
 

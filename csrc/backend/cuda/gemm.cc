@@ -28,11 +28,11 @@ class CublasLt final : public GemmLibrary {
 
   std::string version() const override { return std::to_string(api_.GetVersion()); }
 
+  void Plan(const GemmShape& shape) override { Planned(shape); }
+
   void Run(cudaStream_t stream, const GemmShape& shape, const uint16_t* x, const uint16_t* weight,
            uint16_t* y) override {
-    auto found = plans_.find(shape);
-    if (found == plans_.end()) found = plans_.emplace(shape, MakePlan(shape)).first;
-    const Plan& plan = found->second;
+    const Choice& plan = Planned(shape);
     const float alpha = 1.0f;
     const float beta = shape.accumulate ? 1.0f : 0.0f;
     const LtStatus status =
@@ -49,14 +49,20 @@ class CublasLt final : public GemmLibrary {
 
  private:
   // What the library thinks best for a shape, asked for once.
-  struct Plan {
+  struct Choice {
     LtMatmulDesc operation = nullptr;
     std::array<LtMatrixLayout, 3> layouts{};  // weight, x, y
     LtMatmulAlgo algorithm{};
   };
 
-  Plan MakePlan(const GemmShape& s) {
-    Plan plan;
+  const Choice& Planned(const GemmShape& shape) {
+    auto found = plans_.find(shape);
+    if (found == plans_.end()) found = plans_.emplace(shape, MakePlan(shape)).first;
+    return found->second;
+  }
+
+  Choice MakePlan(const GemmShape& s) {
+    Choice plan;
     // The library is column-major: it sees y^T [n, rows] = W [k, n]^T x^T [k, rows].
     const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
     LS_CHECK(api_.MatmulDescCreate(&plan.operation, kLtCompute32F, kLtR32F) == 0);
@@ -93,7 +99,7 @@ class CublasLt final : public GemmLibrary {
   CublasLtApi api_;
   LtHandle handle_;
   std::unique_ptr<DeviceBuffer> workspace_;
-  std::map<GemmShape, Plan> plans_;
+  std::map<GemmShape, Choice> plans_;
 };
 
 }  // namespace

@@ -28,6 +28,8 @@ class GemmLibrary {
  public:
   virtual ~GemmLibrary() = default;
   virtual std::string version() const = 0;
+  // Chooses how Run does a shape, once. Run does so itself where it was not asked before.
+  virtual void Plan(const GemmShape& shape) = 0;
   virtual void Run(cudaStream_t stream, const GemmShape& shape, const uint16_t* x,
                    const uint16_t* weight, uint16_t* y) = 0;
 

@@ -1,4 +1,7 @@
 // The products of the base model without a device: plain loops, in the place of cuBLASLt.
+#include <atomic>
+#include <set>
+
 #include "backend/cuda/emulation/stream.h"
 #include "backend/cuda/gemm.h"
 
@@ -6,11 +9,16 @@ namespace loraserve {
 
 namespace {
 
+std::atomic<uint64_t> plans{0};
+std::atomic<uint64_t> late_plans{0};
+
 class EmulatedGemm final : public GemmLibrary {
  public:
   std::string version() const override { return "emulated"; }
+  void Plan(const GemmShape& shape) override { plans += planned_.insert(shape).second ? 1 : 0; }
   void Run(cudaStream_t stream, const GemmShape& s, const uint16_t* x, const uint16_t* weight,
            uint16_t* y) override {
+    if (planned_.insert(s).second) ++late_plans;
     emulation::Enqueue(stream, [=] {
       for (int64_t row = 0; row < s.rows; ++row) {
         for (int64_t n = 0; n < s.n; ++n) {
@@ -23,6 +31,9 @@ class EmulatedGemm final : public GemmLibrary {
       }
     });
   }
+
+ private:
+  std::set<GemmShape> planned_;
 };
 
 }  // namespace
@@ -32,3 +43,6 @@ Result<std::unique_ptr<GemmLibrary>> GemmLibrary::Open() {
 }
 
 }  // namespace loraserve
+
+uint64_t EmulatedGemmPlans() { return loraserve::plans; }
+uint64_t EmulatedLateGemmPlans() { return loraserve::late_plans; }

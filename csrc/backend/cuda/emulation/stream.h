@@ -15,3 +15,7 @@ void Enqueue(cudaStream_t stream, std::function<void()> work);
 // From now on there is no device memory left, or there is again. For tests, which find it in the
 // library by its name.
 extern "C" __attribute__((visibility("default"), used)) void SetEmulatedMemoryFull(bool full);
+// Shapes of products planned ahead, and those that a product had to plan itself. Of all backends of
+// the library; for tests too.
+extern "C" __attribute__((visibility("default"), used)) uint64_t EmulatedGemmPlans();
+extern "C" __attribute__((visibility("default"), used)) uint64_t EmulatedLateGemmPlans();
