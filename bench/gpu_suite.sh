@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds the CUDA backend, runs the tests of device "cuda" and a soak, runs
 # the kernels under compute-sanitizer where there is one, and measures the LoRA operation, the whole
-# engine and installs from the host pool. In ten minutes (LORASERVE_GPU_SUITE_S, seconds, says
+# engine, installs from the host pool and, where there is Google Benchmark, single kernels. In ten minutes (LORASERVE_GPU_SUITE_S, seconds, says
 # otherwise): what time is left for is begun, each part within its own limit, and a part that fails
 # or runs out of time is told in suite.json and ends nothing else. Needs no network if
 # build/gpu_wheels holds the wheels, and 20 GB for two models (LORASERVE_GPU_MODELS, build/gpu_models).
 #
-#   bench/gpu_suite.sh wheels          on a machine with a network: fills build/gpu_wheels (Python 3.12)
+#   bench/gpu_suite.sh wheels          on a machine with a network: fills build/gpu_wheels (Python 3.12),
+#                                      with the sources of Google Benchmark among them
 #   bench/gpu_suite.sh peers           there too: the LoRA kernels of vLLM and SGLang, into build/gpu_peers
 #   bench/gpu_suite.sh [OUT]           on the machine with the GPU: results in OUT (build/gpu_results)
 #   bench/gpu_suite.sh rehearse [OUT]  anywhere, after `make test`: the parts in small on the emulation
@@ -42,6 +43,11 @@ if [ "${1:-}" = wheels ]; then
   download=(python3 -m pip download -q --python-version 3.12 --only-binary=:all: -d "$wheels")
   "${download[@]}" "${build_tools[@]}" "${test_tools[@]}" "${runtime[@]}"
   "${download[@]}" --no-deps "${needs_torch[@]}"
+  clone=$(mktemp -d)
+  git -c advice.detachedHead=false clone -q --depth 1 --branch v1.9.5 \
+    https://github.com/google/benchmark "$clone"
+  git -C "$clone" archive --prefix=benchmark/ -o "$PWD/$wheels/google-benchmark-1.9.5.tar.gz" HEAD
+  rm -rf "$clone"
   exit
 fi
 
@@ -87,10 +93,10 @@ else
   pip=("$python" -m pip install -q)
   [ -d "$wheels" ] && pip+=(--no-index --find-links "$wheels")
   "${pip[@]}" "${build_tools[@]}" "${test_tools[@]}" "${runtime[@]}" "${needs_torch[@]}"
-  # One architecture: the machine's own.
+  architectures=${LORASERVE_CUDA_ARCHITECTURES:-90a-real}  # one: the machine's own
   PATH="$PWD/$venv/bin:$PATH" "$python" -m pip install -q --no-build-isolation --no-deps \
     -C cmake.define.LORASERVE_BUILD_TESTS=ON -C cmake.define.LORASERVE_CUDA=ON \
-    -C cmake.define.CMAKE_CUDA_ARCHITECTURES="${LORASERVE_CUDA_ARCHITECTURES:-90a-real}" -e .
+    -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$architectures" -e .
   LORASERVE_CUBLASLT=${LORASERVE_CUBLASLT:-$("$python" -c '
 import nvidia, pathlib
 found = [p for root in nvidia.__path__ for p in pathlib.Path(root).rglob("libcublasLt.so.1?")]
@@ -109,6 +115,26 @@ fi
 if wanted gpu_engine_7b && ! $rehearsal; then
   timeout 300 "${engine[@]}" "${all_layers[@]}" --write-only >"$out/write_7b.txt" 2>&1 &
   writes_7b=$!
+fi
+
+# So are the benchmarks of single kernels built, with Google Benchmark from the wheels' folder or as
+# it is installed.
+kernels=(bench_cuda_lora bench_cuda_attention bench_cuda_step)
+builds_kernels='' build_kernels=build/gpu_bench
+if wanted bench_cuda_lora || wanted bench_cuda_attention || wanted bench_cuda_step; then
+  (
+    export PATH="$PWD/$(dirname "$python"):$PATH"
+    options=(-DCMAKE_BUILD_TYPE=Release -DLORASERVE_BUILD_PYTHON=OFF -DLORASERVE_BUILD_BENCH=ON
+      "-DLORASERVE_BENCHMARK_SOURCE=$(realpath -qe "$wheels"/google-benchmark-*.tar.gz || true)")
+    if $rehearsal; then
+      options+=(-DLORASERVE_CUDA=EMULATED)
+    else
+      options+=(-DLORASERVE_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$architectures")
+    fi
+    timeout 60 cmake -S . -B "$build_kernels" -G Ninja "${options[@]}"
+    timeout 450 cmake --build "$build_kernels" --target "${kernels[@]}"
+  ) >"$out/build_kernels.txt" 2>&1 &
+  builds_kernels=$!
 fi
 
 suite=(tests/python/test_backend_ops.py tests/python/test_sampler.py tests/python/test_cuda_lora.py
@@ -141,6 +167,16 @@ if [ -d build/gpu_peers ] && ! $rehearsal; then
 fi
 part gpu_pool 45 "$python" bench/gpu_pool.py --device "$device" --seconds 2 --rounds 2 \
   "${small[@]}" --out "$out/gpu_pool.json"
+
+if [ -z "$builds_kernels" ]; then :; elif wait "$builds_kernels"; then
+  for kernel in "${kernels[@]}"; do
+    part "$kernel" 120 "$build_kernels/$kernel" --benchmark_out="$out/$kernel.json" \
+      --benchmark_out_format=json
+  done
+else
+  echo "gpu_suite: no benchmarks of single kernels, see $out/build_kernels.txt"
+  parts+=('"bench_cuda": {"rc": "not built"}')
+fi
 
 # The suite's result is the tests'; what could not be measured is told here and in its own file.
 printf '{"gpu": "%s", "commit": "%s", "build_s": %d, "tests_rc": %s, "sanitizer_rc": %s, "total_s": %d,\n "parts": {%s}}\n' \

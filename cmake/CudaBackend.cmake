@@ -32,8 +32,9 @@ if(LORASERVE_CUDA STREQUAL "ON")
     csrc/backend/cuda/cublas_lt.cc csrc/backend/cuda/gemm.cc)
   # The static runtime: the built library needs the driver alone.
   target_link_libraries(loraserve_backend PUBLIC CUDA::cudart_static ${CMAKE_DL_LIBS})
-  target_compile_options(loraserve_backend PRIVATE
+  set(LORASERVE_CUDA_OPTIONS
     "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Wall,-Wextra,-Werror,-Wno-missing-field-initializers;--resource-usage>")
+  target_compile_options(loraserve_backend PRIVATE ${LORASERVE_CUDA_OPTIONS})
   target_compile_definitions(loraserve_backend PRIVATE LORASERVE_HAS_CUDA)
 elseif(LORASERVE_CUDA STREQUAL "EMULATED")
   target_sources(loraserve_backend PRIVATE ${LORASERVE_CUDA_KERNELS}
