@@ -99,7 +99,8 @@ bench-cpp: $(VENV)/.test ## the kernels one by one (needs Google Benchmark)
 	@echo '#include <benchmark/benchmark.h>' | c++ -E -x c++ - >/dev/null 2>&1 || \
 	  { echo "bench-cpp needs Google Benchmark (Debian: apt install libbenchmark-dev)"; exit 1; }
 	$(BIN) cmake --preset cpu -B build/bench -DLORASERVE_BUILD_BENCH=ON >/dev/null
-	$(BIN) cmake --build build/bench --target bench_gemm --target bench_paged_tiles
+	$(BIN) cmake --build build/bench --target bench_attention --target bench_gemm --target bench_paged_tiles
+	build/bench/bench_attention
 	build/bench/bench_gemm
 	build/bench/bench_paged_tiles
 

@@ -1,4 +1,5 @@
-"""The built CPU kernels: no GEMM tile may store a vector to the stack between its products.
+"""The built CPU kernels: no tile of a product or of attention may store a vector to the stack
+between its products.
 
     python tools/check_spills.py OBJECT_OR_LIBRARY...
 
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 # The name is mangled, which is enough to know it by.
-TILE = re.compile(r"(Gemm|Paged)Tile")
+TILE = re.compile(r"(Gemm|Paged|Score|Value)Tile")
 SYMBOL = re.compile(r"^[0-9a-f]+ <(?P<name>.*)>:$")
 PRODUCT = re.compile(r"\bv(fmadd|fmla|mulps|dpbf16ps)|\bfmla\b")
 # A vector register stored to the stack; a store of the result goes through other registers.

@@ -153,6 +153,55 @@ std::pair<double, double> LoraRates(const std::string& isa, int64_t width, int r
   return {rates.kernel * 1e-9, rates.limit * 1e-9};
 }
 
+// (kernel, limit): GFLOP/s beside a multiply-add loop, or, with one query, GB/s beside a read loop.
+// Every query sees the whole context.
+std::pair<double, double> AttentionRates(const std::string& isa, int32_t context, int queries,
+                                         int head_dim, int repeats) {
+  const CpuKernels& kernels = SelectKernels(isa.c_str());
+  const int32_t panels = context / 16;
+  const auto floats = static_cast<int64_t>(context) * head_dim;
+  const auto cache = HostBuffer::Create(static_cast<uint64_t>(floats) * 2 * sizeof(float));
+  auto* const keys = static_cast<float*>(cache->data());
+  std::fill_n(keys, 2 * floats, 0.5f);
+  std::vector<const float*> key_panels, value_panels;
+  for (int32_t panel = 0; panel < panels + kPanelsAhead; ++panel) {
+    const int64_t at = int64_t{panel % panels} * 16 * head_dim;
+    key_panels.push_back(keys + at);
+    value_panels.push_back(keys + floats + at);
+  }
+  std::vector<float> row(static_cast<size_t>(head_dim), 0.1f);
+  std::vector<float> out(static_cast<size_t>(head_dim));
+  const std::vector<const float*> rows(static_cast<size_t>(queries), row.data());
+  const std::vector<float*> outputs(static_cast<size_t>(queries), out.data());
+  const std::vector<int32_t> first(static_cast<size_t>(queries), 0);
+  const std::vector<int32_t> last(static_cast<size_t>(queries), context - 1);
+  std::vector<float> scratch(static_cast<size_t>(AttentionScratch(head_dim)));
+  const auto kernel = [&] {
+    kernels.attention({.queries = rows.data(),
+                       .first = first.data(),
+                       .last = last.data(),
+                       .outputs = outputs.data(),
+                       .count = queries,
+                       .head_dim = head_dim,
+                       .padded_head_dim = head_dim,
+                       .key_panels = key_panels.data(),
+                       .value_panels = value_panels.data(),
+                       .value_stride = 16 * 16,
+                       .scratch = scratch.data()});
+  };
+  if (queries == 1) {
+    const auto read = [] { sink = RunReadLoop(ReadMemory().data(), kReadFloats); };
+    const Rates rates =
+        Best(repeats, 8.0 * static_cast<double>(floats), kernel, kReadFloats * 4.0, read);
+    return {rates.kernel * 1e-9, rates.limit * 1e-9};
+  }
+  constexpr int64_t kFlops = 100'000'000;
+  const auto fma = [&] { sink = RunFmaLoop(kernels.name, kFlops); };
+  const Rates rates = Best(repeats, 4.0 * queries * static_cast<double>(floats), kernel,
+                           static_cast<double>(kFlops), fma);
+  return {rates.kernel * 1e-9, rates.limit * 1e-9};
+}
+
 // What `threads` threads read from memory together, GB/s by the wall clock: the best of some.
 double ReadRate(int threads) {
   double best = 0;
@@ -177,6 +226,8 @@ double ReadRate(int threads) {
 void BindSpeed(py::module_& m) {
   m.def("gemm_rates", &GemmRates, py::arg("isa"), py::arg("rows"), py::arg("n"), py::arg("k"),
         py::arg("bfloat16"), py::arg("repeats"));
+  m.def("attention_rates", &AttentionRates, py::arg("isa"), py::arg("context"), py::arg("queries"),
+        py::arg("head_dim"), py::arg("repeats"));
   m.def("lora_rates", &LoraRates, py::arg("isa"), py::arg("width"), py::arg("repeats"));
   m.def("read_gbytes_per_s", &ReadRate, py::arg("threads"));
 }

@@ -210,11 +210,13 @@ def attention(
     return np.einsum("hij,jhd->ihd", weights, v).reshape(len(qkv), -1)
 
 
-def attention_case(shape: tuple[int, ...], layers: int) -> tuple[list[FloatArray], Array]:
+def attention_case(
+    shape: tuple[int, ...], layers: int, lengths: tuple[int, ...] = LENGTHS
+) -> tuple[list[FloatArray], Array]:
     heads, kv_heads, size = shape[:3]
     rng = np.random.default_rng(sum(shape))
     width = (heads + 2 * kv_heads) * size
-    qkv = [random(rng, layers, length, width) for length in LENGTHS]
+    qkv = [random(rng, layers, length, width) for length in lengths]
     for one in qkv:
         one[..., : heads * size] *= 2  # sharp, so that a wrong position is seen
     return qkv, 10000.0 ** (-np.arange(0, size, 2, dtype=np.float32) / size)
@@ -251,6 +253,30 @@ def test_attention_does_not_depend_on_chunks_or_company(
         backend = open_backend(device, isa, threads=threads)
         found = backend.attention(*arguments, chunked(LENGTHS, seed))
         assert all(itertools.starmap(np.array_equal, zip(found, alone, strict=True)))
+
+
+# More query heads of a KV head than a kernel takes at a time; contexts of several spans of it.
+WIDE_SHAPE = (72, 1, 16, 16, 4096)
+LONG_SHAPE = (6, 2, 48, 32, 65536)
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize(
+    ("shape", "lengths"), [(WIDE_SHAPE, (1, 40)), (LONG_SHAPE, (256, 257, 600))]
+)
+def test_attention_of_many_heads_and_long_contexts(
+    device: str, isa: str, shape: tuple[int, ...], lengths: tuple[int, ...], window: int
+) -> None:
+    """The values, and on one thread the same bits as on three in other chunks."""
+    if device not in BATCH_INVARIANT:
+        pytest.skip(f"{device} takes no such shape, or long")
+    qkv, frequencies = attention_case(shape, 1, lengths)
+    arguments = (_testing.KvShape(1, *shape), list(frequencies), window, qkv)
+    alone = open_backend(device, isa, threads=1).attention(*arguments, whole(lengths))
+    chunks = open_backend(device, isa, threads=3).attention(*arguments, chunked(lengths, 4))
+    for one, result, other in zip(qkv, alone, chunks, strict=True):
+        close(device, "attention", result[0], attention(device, one[0], shape, frequencies, window))
+        assert np.array_equal(result, other)
 
 
 RANKS = (1, 3, 8, 16, 17, 64, 100, 512)

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 from check_spills import spills
@@ -22,15 +24,14 @@ def test_a_store_before_the_products_or_to_the_result_is_none() -> None:
     assert spills(CLEAN) == (1, [])
 
 
-def test_tiles_of_paged_products_are_looked_at() -> None:
-    assert len(spills(SPILLING.replace("GemmTile", "PagedTile"))[1]) == 1
-
-
-def test_a_store_among_the_products_is_named() -> None:
-    tiles, found = spills(SPILLING)
+@pytest.mark.parametrize(
+    "name", ["_ZGemmTileILi6E", "_ZPagedTileILi6E", "_ZScoreTileILi6E", "_ZValueTileILi6E"]
+)
+def test_a_store_among_the_products_is_named(name: str) -> None:
+    tiles, found = spills(SPILLING.replace("_ZGemmTileILi6E", name))
     assert tiles == 1
     assert len(found) == 1
-    assert "_ZGemmTileILi6E" in found[0]
+    assert name in found[0]
 
 
 def test_other_functions_are_left_alone() -> None:

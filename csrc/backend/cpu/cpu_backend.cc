@@ -30,7 +30,7 @@ const CpuWeight& Cpu(const PreparedWeight& weight) { return static_cast<const Cp
 CpuBackend::CpuBackend(const CpuBackendOptions& options)
     : options_(options), kernels_(SelectKernels(options.isa.c_str())), pool_(options.threads) {
   gemm_scratch_.resize(static_cast<size_t>(pool_.size()));
-  attention_scratch_.resize(static_cast<size_t>(pool_.size()));
+  attention_.resize(static_cast<size_t>(pool_.size()));
   sampler_scratch_.resize(static_cast<size_t>(pool_.size()));
 }
 
@@ -238,69 +238,6 @@ void CpuBackend::RopeAndStoreKv(Stream*, int layer, Tensor qkv) {
         one_row(sequence, row);
       }
     }
-  });
-}
-
-void CpuBackend::PagedAttention(Stream*, int layer, Tensor qkv, int window, Tensor y) {
-  const int group = layout_.num_heads / layout_.num_kv_heads;
-  // A task is a run of rows of one sequence for one KV head: enough queries to share its keys.
-  constexpr int32_t kTaskRows = 16;
-  struct Task {
-    const SequenceSpan* sequence;
-    int head;
-    int32_t row_begin, row_end;  // within the sequence
-  };
-  std::vector<Task> tasks;
-  for (const SequenceSpan& sequence : inputs_.sequences) {
-    for (int32_t row = 0; row < sequence.row_count; row += kTaskRows) {
-      for (int head = 0; head < layout_.num_kv_heads; ++head) {
-        tasks.push_back({&sequence, head, row, std::min(row + kTaskRows, sequence.row_count)});
-      }
-    }
-  }
-  pool_.ParallelFor(static_cast<int64_t>(tasks.size()), [&](int64_t index, int worker) {
-    const Task& task = tasks[static_cast<size_t>(index)];
-    const SequenceSpan& sequence = *task.sequence;
-    const int32_t start = sequence.context_length - sequence.row_count;
-    const int32_t last_position = start + task.row_end - 1;
-    const int blocks = last_position / layout_.block_size + 1;
-    std::vector<const float*> keys(static_cast<size_t>(blocks));
-    std::vector<const float*> values(static_cast<size_t>(blocks));
-    for (int block = 0; block < blocks; ++block) {
-      keys[static_cast<size_t>(block)] = BlockTile(sequence, block, layer, false, task.head);
-      values[static_cast<size_t>(block)] = BlockTile(sequence, block, layer, true, task.head);
-    }
-    float* const scratch =
-        Scratch(attention_scratch_, worker, AttentionScratch(last_position + 1, padded_head_dim_));
-    const float* queries[kMaxQueries];
-    float* outputs[kMaxQueries];
-    int32_t first[kMaxQueries];
-    int32_t last[kMaxQueries];
-    AttentionArgs args{.queries = queries,
-                       .first = first,
-                       .last = last,
-                       .outputs = outputs,
-                       .head_dim = layout_.head_dim,
-                       .padded_head_dim = padded_head_dim_,
-                       .block_size = layout_.block_size,
-                       .scale = 1.0f / std::sqrt(static_cast<float>(layout_.head_dim)),
-                       .key_blocks = keys.data(),
-                       .value_blocks = values.data(),
-                       .scratch = scratch};
-    for (int32_t row = task.row_begin; row < task.row_end; ++row) {
-      for (int g = 0; g < group; ++g) {
-        const int64_t column = int64_t{task.head * group + g} * layout_.head_dim;
-        queries[args.count] = Row(qkv, sequence.row_begin + row) + column;
-        outputs[args.count] = Row(y, sequence.row_begin + row) + column;
-        last[args.count] = start + row;
-        first[args.count] = window > 0 ? std::max(0, start + row - window + 1) : 0;
-        if (++args.count == kMaxQueries) {
-          kernels_.attention(args);
-          args.count = 0;
-        }
-      }
-    }
-    if (args.count > 0) kernels_.attention(args);
   });
 }
 

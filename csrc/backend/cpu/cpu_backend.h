@@ -9,6 +9,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/adapter_tiles.h"
+#include "backend/cpu/attention_tasks.h"
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/prepared_weight.h"
 #include "backend/cpu/sampler.h"
@@ -61,6 +62,14 @@ class CpuBackend final : public Backend {
   DType StoredDType(const AdapterSource& source) const;
   // The keys or values of `layer` for one block and head.
   float* BlockTile(const SequenceSpan& sequence, int block, int layer, bool values, int head) const;
+  // All of a call but where the keys and values are, and these for the positions [begin, end).
+  void Describe(const AttentionTask& task, Tensor qkv, int window, Tensor y,
+                AttentionCall& call) const;
+  void FindPanels(const AttentionTask& task, int layer, int32_t begin, int32_t end,
+                  AttentionCall& call) const;
+  // False, and nothing done, where no task has several spans or their results are too many to keep.
+  bool AttentionBySpans(const std::vector<AttentionTask>& tasks, int layer, Tensor qkv, int window,
+                        Tensor y);
   // Calls function(begin, end, share) for `units` of the given cost each, split evenly over the
   // threads where the whole is worth it.
   template <class Function>
@@ -78,7 +87,8 @@ class CpuBackend final : public Backend {
   std::vector<float> cos_, sin_;                  // [rows][head_dim / 2] of this step
   std::vector<float> lora_h_;                     // the shrink results of one call
   std::vector<std::vector<float>> gemm_scratch_;  // by share of the pool, as are those below
-  std::vector<std::vector<float>> attention_scratch_;
+  std::vector<AttentionCall> attention_;
+  std::vector<float> attention_states_;  // [spans][queries] of every task of one call
   std::vector<SamplerScratch> sampler_scratch_;
 };
 

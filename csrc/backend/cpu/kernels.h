@@ -71,8 +71,9 @@ struct PagedGemmArgs {
 };
 
 // `count` queries of one KV head against one sequence's cache. Query i may see the positions
-// [first[i], last[i]]. Keys of a block are [block_size / 16][padded_head_dim][16], values
-// [padded_head_dim / 16][block_size][16]; padded_head_dim is head_dim rounded up to 16.
+// [first[i], last[i]]. A panel is 16 positions of this head: keys lie as [padded_head_dim][16],
+// values as [16 positions][16] for each 16 columns, `value_stride` floats apart; padded_head_dim is
+// head_dim rounded up to 16.
 struct AttentionArgs {
   const float* const* queries = nullptr;  // [count] -> [head_dim]
   const int32_t* first = nullptr;
@@ -81,15 +82,25 @@ struct AttentionArgs {
   int count = 0;                    // at most kMaxQueries
   int head_dim = 0;
   int padded_head_dim = 0;
-  int block_size = 0;
   float scale = 1.0f;
-  const float* const* key_blocks = nullptr;  // by block of the sequence, this head's part
-  const float* const* value_blocks = nullptr;
+  // By panel from position `panels_begin` on, a multiple of kAttentionSpan; kPanelsAhead more past
+  // the last, of memory that may be prefetched.
+  const float* const* key_panels = nullptr;
+  const float* const* value_panels = nullptr;
+  int32_t panels_begin = 0;
+  int64_t value_stride = 0;
   float* scratch = nullptr;  // AttentionScratch(...) floats
 };
-inline constexpr int kMaxQueries = 8;
-inline int64_t AttentionScratch(int64_t context, int padded_head_dim) {
-  return kMaxQueries * ((context + 31) / 16 * 16 + 2 * padded_head_dim);
+inline constexpr int kMaxQueries = 64;
+inline constexpr int kPanelsAhead = 4;
+// Positions are taken in spans that begin at multiples of this, and each has a softmax of its own.
+inline constexpr int kAttentionSpan = 256;
+// What a query has found in some spans: its sums of values, then the sums of exponentials by lane
+// of absolute position, then what these were taken from.
+inline int64_t AttentionState(int padded_head_dim) { return padded_head_dim + 32; }
+inline int64_t AttentionScratch(int padded_head_dim) {
+  return kMaxQueries * padded_head_dim + (kMaxQueries + 8) * AttentionState(padded_head_dim) +
+         8 * kAttentionSpan + 16;
 }
 
 struct CpuKernels {
@@ -99,6 +110,10 @@ struct CpuKernels {
   void (*rounded_gemm)(const GemmArgs&);
   void (*paged_gemm)(const PagedGemmArgs&);
   void (*attention)(const AttentionArgs&);
+  // The same in two steps, whose results are the same bits: of the span at position `span` alone, a
+  // state for each query, [count][AttentionState]; and the outputs from [spans][count] of them.
+  void (*attention_span)(const AttentionArgs&, int32_t span, float* states);
+  void (*attention_merge)(const AttentionArgs&, int spans, const float* states);
   // y = x / sqrt(mean(x^2) + eps) * weight over n values; y may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
   // y = silu(gate) * up over n values.
