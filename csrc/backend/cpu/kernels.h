@@ -92,7 +92,7 @@ struct AttentionArgs {
   float* scratch = nullptr;  // AttentionScratch(...) floats
 };
 inline constexpr int kMaxQueries = 64;
-inline constexpr int kPanelsAhead = 4;
+inline constexpr int kPanelsAhead = 8;
 // Positions are taken in spans that begin at multiples of this, and each has a softmax of its own.
 inline constexpr int kAttentionSpan = 256;
 // What a query has found in some spans: its sums of values, then the sums of exponentials by lane
