@@ -95,14 +95,13 @@ spills: $(VENV)/.test ## the CPU kernels as built: accumulators stay in register
 	$(BIN) cmake --build --preset cpu --target loraserve_backend
 	$(PY) tools/check_spills.py build/cpu/libloraserve_backend.a
 
-bench-cpp: $(VENV)/.test ## the kernels one by one (needs Google Benchmark)
+CXX_BENCHES := attention gemm paged_tiles scheduler engine_step pages
+bench-cpp: $(VENV)/.test ## kernels, scheduler and pages one by one (needs Google Benchmark)
 	@echo '#include <benchmark/benchmark.h>' | c++ -E -x c++ - >/dev/null 2>&1 || \
 	  { echo "bench-cpp needs Google Benchmark (Debian: apt install libbenchmark-dev)"; exit 1; }
 	$(BIN) cmake --preset cpu -B build/bench -DLORASERVE_BUILD_BENCH=ON >/dev/null
-	$(BIN) cmake --build build/bench --target bench_attention --target bench_gemm --target bench_paged_tiles
-	build/bench/bench_attention
-	build/bench/bench_gemm
-	build/bench/bench_paged_tiles
+	$(BIN) cmake --build build/bench $(CXX_BENCHES:%=--target bench_%)
+	@set -e; for name in $(CXX_BENCHES); do build/bench/bench_$$name; done
 
 stubs: setup ## rewrite the type stubs of the extension
 	$(PY) tools/check_stubs.py --write

@@ -70,17 +70,25 @@ Result<std::unique_ptr<Engine>> Engine::Create(const EngineConfig& config, const
                                                const ModelWeights& weights) {
   Status status = CheckLimits(config);
   if (!status.ok()) return status;
+  auto backend = CreateBackend(config.backend);
+  if (!backend.ok()) return backend.status();
+  return Create(config, std::move(backend.value()), model, weights);
+}
+
+Result<std::unique_ptr<Engine>> Engine::Create(const EngineConfig& config,
+                                               std::unique_ptr<Backend> backend,
+                                               const ModelConfig& model,
+                                               const ModelWeights& weights) {
+  Status status = CheckLimits(config);
+  if (!status.ok()) return status;
   std::unique_ptr<Engine> engine(new Engine(config, model));
+  engine->backend_ = std::move(backend);
   status = engine->Initialize(weights);
   if (!status.ok()) return status;
   return engine;
 }
 
 Status Engine::Initialize(const ModelWeights& weights) {
-  auto backend = CreateBackend(config_.backend);
-  if (!backend.ok()) return backend.status();
-  backend_ = std::move(backend.value());
-
   KvLayout layout{.num_layers = model_.num_layers,
                   .num_heads = model_.num_heads,
                   .num_kv_heads = model_.num_kv_heads,

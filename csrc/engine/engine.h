@@ -57,6 +57,11 @@ class Engine {
   static Result<std::unique_ptr<Engine>> Create(const EngineConfig& config,
                                                 const ModelConfig& model,
                                                 const ModelWeights& weights);
+  // On a backend made elsewhere; `config.backend` is not looked at.
+  static Result<std::unique_ptr<Engine>> Create(const EngineConfig& config,
+                                                std::unique_ptr<Backend> backend,
+                                                const ModelConfig& model,
+                                                const ModelWeights& weights);
 
   // kInvalidArgument or kResourceExhausted, naming the field; thread-safe.
   Status Validate(const Request& request) const;
