@@ -284,9 +284,11 @@ void Scheduler::CachePrefix(Sequence& sequence) {
   const std::span<const int32_t> tokens(sequence.tokens);
   const auto size = static_cast<size_t>(config_.block_size);
   const size_t full = static_cast<size_t>(sequence.computed) / size;
-  for (size_t i = 0; i < full; ++i) {
+  // Cached blocks come first; from the end, as in most steps there is no other.
+  size_t cached = full;
+  while (cached > 0 && sequence.blocks[cached - 1].node == PrefixCache::kNone) --cached;
+  for (size_t i = cached; i < full; ++i) {
     Sequence::Block& block = sequence.blocks[i];
-    if (block.node != PrefixCache::kNone) continue;
     const PrefixCache::NodeId parent = i == 0 ? sequence.root : sequence.blocks[i - 1].node;
     const PrefixCache::NodeId twin = cache_.Find(parent, tokens.subspan(i * size, size));
     if (twin == PrefixCache::kNone) {
