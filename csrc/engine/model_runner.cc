@@ -23,24 +23,29 @@ void ModelRunner::BuildInputs(const StepBatch& batch, const std::vector<size_t>&
   token_ids_.clear();
   positions_.clear();
   spans_.clear();
-  pages_.clear();
   segments_.clear();
   std::vector<AdapterId> adapters;
   std::vector<int32_t> counts;
+  adapters.reserve(order.size());
+  counts.reserve(order.size());
+  size_t num_blocks = 0;
+  for (const StepItem& item : batch.items) num_blocks += item.sequence->blocks.size();
+  // Not cleared before: it is long, and all of it is written below.
+  pages_.resize(num_blocks * blocks_->pages_per_block());
+  PageId* next_page = pages_.data();
   for (const size_t i : order) {
     const StepItem& item = batch.items[i];
     const Sequence& sequence = *item.sequence;
     spans_.push_back({.row_begin = static_cast<int32_t>(token_ids_.size()),
                       .row_count = item.count,
                       .context_length = item.begin + item.count,
-                      .page_begin = static_cast<int32_t>(pages_.size())});
+                      .page_begin = static_cast<int32_t>(next_page - pages_.data())});
     for (int32_t position = item.begin; position < item.begin + item.count; ++position) {
       token_ids_.push_back(sequence.tokens[static_cast<size_t>(position)]);
       positions_.push_back(position);
     }
     for (const Sequence::Block& block : sequence.blocks) {
-      const std::span<const PageId> pages = blocks_->pages(block.id);
-      pages_.insert(pages_.end(), pages.begin(), pages.end());
+      for (const PageId page : blocks_->pages(block.id)) *next_page++ = page;
     }
     adapters.push_back(sequence.request.adapter);
     counts.push_back(item.count);

@@ -6,22 +6,21 @@ namespace loraserve {
 
 std::optional<BlockId> BlockPool::Allocate() {
   if (arena_->count(PageUse::kFree) < pages_per_block_) return std::nullopt;
-  auto pages = arena_->Allocate(pages_per_block_, PageUse::kKv);
-  LS_CHECK(pages.ok());
   if (unused_.empty()) {
-    blocks_.push_back(std::move(pages.value()));
-    return static_cast<BlockId>(blocks_.size() - 1);
+    unused_.push_back(static_cast<BlockId>(pages_.size() / pages_per_block_));
+    pages_.resize(pages_.size() + pages_per_block_, kNoPage);
   }
   const BlockId block = unused_.back();
   unused_.pop_back();
-  blocks_[block] = std::move(pages.value());
+  LS_CHECK(arena_->Allocate(own_pages(block), PageUse::kKv).ok());
   return block;
 }
 
 void BlockPool::Free(BlockId block) {
-  LS_CHECK(!blocks_[block].empty());
-  LS_CHECK(arena_->Free(blocks_[block]).ok());
-  blocks_[block].clear();
+  const std::span<PageId> pages = own_pages(block);
+  LS_CHECK(pages.front() != kNoPage);
+  LS_CHECK(arena_->Free(pages).ok());
+  pages.front() = kNoPage;
   unused_.push_back(block);
 }
 

@@ -29,7 +29,7 @@ Result<PageArena> PageArena::Create(uint64_t page_bytes, uint32_t num_pages) {
   return PageArena(page_bytes, num_pages);
 }
 
-Result<std::vector<PageId>> PageArena::Allocate(uint32_t count, PageUse use) {
+Status PageArena::CheckAllocation(size_t count, PageUse use) const {
   if (use == PageUse::kFree) {
     return Status(StatusCode::kInvalidArgument, "use: pages are allocated for kKv or kAdapter");
   }
@@ -38,15 +38,32 @@ Result<std::vector<PageId>> PageArena::Allocate(uint32_t count, PageUse use) {
                   "pages: asked for " + std::to_string(count) + ", free " +
                       std::to_string(free_list_.size()) + " of " + std::to_string(num_pages()));
   }
-  std::vector<PageId> pages(free_list_.rbegin(), free_list_.rbegin() + count);
-  free_list_.resize(free_list_.size() - count);
-  for (PageId page : pages) use_[page] = use;
-  counts_[static_cast<size_t>(PageUse::kFree)] -= count;
-  counts_[static_cast<size_t>(use)] += count;
+  return Status();
+}
+
+Result<std::vector<PageId>> PageArena::Allocate(uint32_t count, PageUse use) {
+  Status status = CheckAllocation(count, use);  // before memory is taken for so many
+  if (!status.ok()) return status;
+  std::vector<PageId> pages(count);
+  status = Allocate(pages, use);
+  if (!status.ok()) return status;
   return pages;
 }
 
-Status PageArena::Free(const std::vector<PageId>& pages) {
+Status PageArena::Allocate(std::span<PageId> pages, PageUse use) {
+  Status status = CheckAllocation(pages.size(), use);
+  if (!status.ok()) return status;
+  for (PageId& page : pages) {
+    page = free_list_.back();
+    free_list_.pop_back();
+    use_[page] = use;
+  }
+  counts_[static_cast<size_t>(PageUse::kFree)] -= static_cast<uint32_t>(pages.size());
+  counts_[static_cast<size_t>(use)] += static_cast<uint32_t>(pages.size());
+  return status;
+}
+
+Status PageArena::Free(std::span<const PageId> pages) {
   for (size_t i = 0; i < pages.size(); ++i) {
     const PageId page = pages[i];
     const bool known = page < use_.size();

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "base/page_id.h"
@@ -25,10 +26,12 @@ class PageArena {
   // Hands out `count` pages for `use`, or none: kResourceExhausted if fewer are free. Freed pages
   // are reused last in, first out, while they are warm in the caches.
   Result<std::vector<PageId>> Allocate(uint32_t count, PageUse use);
+  // The same into the caller's memory, as many as it holds.
+  Status Allocate(std::span<PageId> pages, PageUse use);
 
   // Gives pages back. A page that is out of range, free already or listed twice is refused with
   // kInvalidArgument and nothing is changed.
-  Status Free(const std::vector<PageId>& pages);
+  Status Free(std::span<const PageId> pages);
 
   uint64_t page_bytes() const { return page_bytes_; }
   uint32_t num_pages() const { return static_cast<uint32_t>(use_.size()); }
@@ -37,6 +40,7 @@ class PageArena {
 
  private:
   PageArena(uint64_t page_bytes, uint32_t num_pages);
+  Status CheckAllocation(size_t count, PageUse use) const;
 
   uint64_t page_bytes_;
   std::vector<PageUse> use_;       // by page
