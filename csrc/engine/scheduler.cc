@@ -82,6 +82,7 @@ Status Scheduler::Add(std::unique_ptr<Sequence> sequence) {
   }
   if (adapter != 0) adapters_.AddRequest(adapter);
   sequence->arrival = arrivals_++;
+  if (request.deadline > 0) deadlines_.emplace(request.deadline, request.id);
   Sequence* const added = sequence.get();
   sequences_.emplace(added->request.id, std::move(sequence));
   Enqueue(added);
@@ -128,6 +129,7 @@ std::unique_ptr<Sequence> Scheduler::Take(RequestId id) {
   if (found == sequences_.end()) return nullptr;
   std::unique_ptr<Sequence> sequence = std::move(found->second);
   sequences_.erase(found);
+  deadlines_.erase({sequence->request.deadline, id});
   const AdapterId adapter = sequence->request.adapter;
   if (sequence->running) {
     StopRunning(*sequence);
@@ -143,8 +145,9 @@ std::unique_ptr<Sequence> Scheduler::Take(RequestId id) {
 
 std::vector<RequestId> Scheduler::Expired(double now) const {
   std::vector<RequestId> expired;
-  for (const auto& [id, sequence] : sequences_) {
-    if (sequence->request.deadline > 0 && sequence->request.deadline <= now) expired.push_back(id);
+  for (const auto& [deadline, id] : deadlines_) {
+    if (deadline > now) break;
+    expired.push_back(id);
   }
   return expired;
 }
@@ -158,12 +161,7 @@ std::vector<RequestId> Scheduler::WaitingFor(AdapterId id) const {
 }
 
 double Scheduler::NextDeadline() const {
-  double next = 0;
-  for (const auto& [id, sequence] : sequences_) {
-    const double deadline = sequence->request.deadline;
-    if (deadline > 0 && (next == 0 || deadline < next)) next = deadline;
-  }
-  return next;
+  return deadlines_.empty() ? 0 : deadlines_.begin()->first;
 }
 
 void Scheduler::StopRunning(Sequence& sequence) {

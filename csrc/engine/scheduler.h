@@ -109,7 +109,7 @@ class Scheduler {
   // Takes a sequence out, running or waiting; null if there is none. Its pages are given back.
   std::unique_ptr<Sequence> Take(RequestId id);
   Sequence* Find(RequestId id);
-  // Ids of unfinished sequences whose deadline is before `now`.
+  // Ids of unfinished sequences whose deadline is before `now`, the earliest first.
   std::vector<RequestId> Expired(double now) const;
   // Those in the queue of an adapter, in order.
   std::vector<RequestId> WaitingFor(AdapterId id) const;
@@ -182,6 +182,7 @@ class Scheduler {
   std::map<Order, Sequence*> running_;
   std::map<AdapterId, std::map<Order, Sequence*>> waiting_;  // no empty queues
   std::set<std::pair<uint64_t, RequestId>> not_promoted_;    // (overtaken_at, id) of waiting ones
+  std::set<std::pair<double, RequestId>> deadlines_;         // of those that have one
   std::vector<RemovedAdapter> removed_;
   std::vector<AdapterId> unneeded_;
   std::deque<std::pair<AdapterId, bool>> prefetch_;  // and whether something may be evicted for it

@@ -224,8 +224,10 @@ def test_a_draining_adapter_goes_with_its_last_request() -> None:
 
 def test_deadlines() -> None:
     scheduler = Scheduler(8)
-    for request, deadline in ((1, 0.0), (2, 5.0), (3, 9.0)):
+    for request, deadline in ((1, 0.0), (2, 9.0), (3, 5.0)):
         scheduler.add(request, [1], deadline=deadline)
     assert scheduler.expired(4.9) == []
-    assert scheduler.expired(5.0) == [2]
-    assert sorted(scheduler.expired(99.0)) == [2, 3]
+    assert scheduler.expired(5.0) == [3]
+    assert scheduler.expired(99.0) == [3, 2]  # the earliest first
+    assert scheduler.take(3)
+    assert scheduler.expired(99.0) == [2]
