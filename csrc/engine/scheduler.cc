@@ -234,12 +234,15 @@ StepBatch Scheduler::Schedule() {
 
 void Scheduler::ScheduleRunning(StepBatch& batch) {
   // Decodes first: they cost one token each and their users wait for every one of them.
-  for (const bool decodes : {true, false}) {
-    std::vector<Sequence*> order;
-    for (const auto& [key, sequence] : running_) {
-      if ((sequence->remaining() == 1) == decodes) order.push_back(sequence);
-    }
-    for (Sequence* sequence : order) {
+  std::vector<Sequence*> decodes;
+  std::vector<Sequence*> prefills;
+  decodes.reserve(running_.size());
+  for (const auto& [key, sequence] : running_) {
+    (sequence->remaining() == 1 ? decodes : prefills).push_back(sequence);
+  }
+  batch.items.reserve(running_.size());
+  for (const auto* order : {&decodes, &prefills}) {
+    for (Sequence* sequence : *order) {
       if (!sequence->running) continue;  // preempted a moment ago
       const int32_t count =
           std::min(sequence->remaining(), config_.max_batch_tokens - batch.num_tokens);
