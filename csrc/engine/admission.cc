@@ -42,14 +42,10 @@ void Scheduler::Admit(StepBatch& batch) {
 }
 
 uint64_t Scheduler::BeyondStep(AdapterId id) const {
-  if (config_.max_step_adapter_bytes == 0 || adapters_.entry(id).pins > 0) return 0;
-  uint64_t bytes = adapters_.entry(id).bytes;
-  std::set<AdapterId> counted = {0};
-  for (const auto& [key, sequence] : running_) {
-    const AdapterId other = sequence->request.adapter;
-    if (counted.insert(other).second) bytes += adapters_.entry(other).bytes;
-  }
-  if (counted.size() == 1) return 0;  // alone, any adapter may run
+  const AdapterResidency::Entry& entry = adapters_.entry(id);
+  if (config_.max_step_adapter_bytes == 0 || entry.pins > 0) return 0;
+  if (adapters_.pinned_bytes() == 0) return 0;  // alone, any adapter may run
+  const uint64_t bytes = adapters_.pinned_bytes() + entry.bytes;
   return bytes - std::min(bytes, config_.max_step_adapter_bytes);
 }
 

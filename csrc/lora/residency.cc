@@ -8,7 +8,7 @@ namespace loraserve {
 
 // Invariant: evictable_ holds exactly the installed adapters that are neither pinned nor wanted,
 // and evictable_pages_ is the sum of their pages; spared_ holds those that are wanted but not
-// pinned.
+// pinned; pinned_bytes_ is the sum of the pinned ones' bytes.
 
 Status AdapterResidency::Add(AdapterId id, uint32_t pages_needed, uint64_t bytes) {
   if (id == 0 || Contains(id)) {
@@ -70,7 +70,7 @@ void AdapterResidency::Pin(AdapterId id) {
   Entry& entry = entries_.at(id);
   LS_CHECK(entry.installed());
   Unlist(id, entry);
-  ++entry.pins;
+  if (entry.pins++ == 0) pinned_bytes_ += entry.bytes;
   ++entry.uses;
 }
 
@@ -78,7 +78,10 @@ void AdapterResidency::Unpin(AdapterId id, uint64_t now) {
   Entry& entry = entries_.at(id);
   LS_CHECK(entry.pins > 0);
   --entry.pins;
-  if (entry.pins == 0) entry.key = KeyOf(entry, now);
+  if (entry.pins == 0) {
+    pinned_bytes_ -= entry.bytes;
+    entry.key = KeyOf(entry, now);
+  }
   List(id, entry);
 }
 

@@ -55,6 +55,8 @@ class AdapterResidency {
   bool Contains(AdapterId id) const { return entries_.count(id) > 0; }
   const Entry& entry(AdapterId id) const { return entries_.at(id); }
   size_t num_installed() const { return num_installed_; }
+  // Of the pinned adapters, each once: what a step reads.
+  uint64_t pinned_bytes() const { return pinned_bytes_; }
 
   // Reserves its pages. REQUIRES: kHost and enough free pages.
   const std::vector<PageId>& StartInstall(AdapterId id);
@@ -105,6 +107,7 @@ class AdapterResidency {
   std::set<AdapterId> spared_;
   std::unordered_map<AdapterId, uint64_t> installing_;
   uint32_t evictable_pages_ = 0;
+  uint64_t pinned_bytes_ = 0;
   size_t num_installed_ = 0;
 };
 
