@@ -212,6 +212,7 @@ void Engine::Finish(RequestId id, FinishReason reason, Status error, Output* las
 }
 
 void Engine::Publish(const StepBatch& batch, std::vector<SampleResult> results) {
+  pending_.reserve(pending_.size() + batch.items.size());
   for (size_t i = 0; i < batch.items.size(); ++i) {
     if (!batch.items[i].samples) continue;
     Sequence& sequence = *batch.items[i].sequence;
@@ -242,6 +243,10 @@ void Engine::Publish(const StepBatch& batch, std::vector<SampleResult> results) 
 
 void StepReport::Append(StepReport later) {
   const auto append = [](auto& to, auto& from) {
+    if (to.empty()) {
+      to = std::move(from);
+      return;
+    }
     to.insert(to.end(), std::make_move_iterator(from.begin()), std::make_move_iterator(from.end()));
   };
   append(outputs, later.outputs);

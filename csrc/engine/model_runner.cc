@@ -1,7 +1,7 @@
 #include "engine/model_runner.h"
 
 #include <algorithm>
-#include <numeric>
+#include <utility>
 
 #include "lora/adapter_batch.h"
 
@@ -60,6 +60,7 @@ void ModelRunner::BuildInputs(const StepBatch& batch, const std::vector<size_t>&
 std::vector<ModelRunner::LogitRow> ModelRunner::LogitRows(const StepBatch& batch,
                                                           const std::vector<size_t>& order) const {
   std::vector<LogitRow> rows;
+  rows.reserve(order.size());
   for (size_t s = 0; s < order.size(); ++s) {
     const StepItem& item = batch.items[order[s]];
     const Sequence& sequence = *item.sequence;
@@ -110,11 +111,15 @@ SampleRow ModelRunner::MakeSampleRow(const StepItem& item, int32_t forced_token)
 
 std::vector<SampleResult> ModelRunner::Run(const StepBatch& batch) {
   // Sequences of one adapter side by side: one segment for each adapter.
-  std::vector<size_t> order(batch.items.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return batch.items[a].sequence->request.adapter < batch.items[b].sequence->request.adapter;
-  });
+  std::vector<std::pair<AdapterId, size_t>> by_adapter;
+  by_adapter.reserve(batch.items.size());
+  for (const StepItem& item : batch.items) {
+    by_adapter.emplace_back(item.sequence->request.adapter, by_adapter.size());
+  }
+  std::sort(by_adapter.begin(), by_adapter.end());
+  std::vector<size_t> order;
+  order.reserve(by_adapter.size());
+  for (const auto& [adapter, item] : by_adapter) order.push_back(item);
   BuildInputs(batch, order);
   backend_->BeginStep(nullptr, {.token_ids = token_ids_,
                                 .positions = positions_,
@@ -129,6 +134,8 @@ std::vector<SampleResult> ModelRunner::Run(const StepBatch& batch) {
     const size_t count = std::min(static_cast<size_t>(max_logit_rows_), logit_rows.size() - begin);
     std::vector<int32_t> rows;
     std::vector<SampleRow> sample_rows;
+    rows.reserve(count);
+    sample_rows.reserve(count);
     for (size_t i = begin; i < begin + count; ++i) {
       const LogitRow& logit_row = logit_rows[i];
       rows.push_back(logit_row.row);
