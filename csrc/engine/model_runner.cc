@@ -31,7 +31,8 @@ void ModelRunner::BuildInputs(const StepBatch& batch, const std::vector<size_t>&
   size_t num_blocks = 0;
   for (const StepItem& item : batch.items) num_blocks += item.sequence->blocks.size();
   // Not cleared before: it is long, and all of it is written below.
-  pages_.resize(num_blocks * blocks_->pages_per_block());
+  const uint32_t pages_per_block = blocks_->pages_per_block();
+  pages_.resize(num_blocks * pages_per_block);
   PageId* next_page = pages_.data();
   for (const size_t i : order) {
     const StepItem& item = batch.items[i];
@@ -45,7 +46,8 @@ void ModelRunner::BuildInputs(const StepBatch& batch, const std::vector<size_t>&
       positions_.push_back(position);
     }
     for (const Sequence::Block& block : sequence.blocks) {
-      for (const PageId page : blocks_->pages(block.id)) *next_page++ = page;
+      const PageId* const own = blocks_->pages(block.id).data();
+      for (uint32_t page = 0; page < pages_per_block; ++page) *next_page++ = own[page];
     }
     adapters.push_back(sequence.request.adapter);
     counts.push_back(item.count);
