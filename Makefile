@@ -6,7 +6,7 @@ BIN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 STRESS_REQUESTS ?= 1500
 FUZZ_ROUNDS ?= 200000
-CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.cc' 'bench/cpp/*.h' 'bench/cpp/*.cc' 'bench/cpp/*.cu')
+CXX_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cc' 'csrc/*.cu' 'tests/cpp/*.cc' 'bench/cpp/*.h' 'bench/cpp/*.cc' 'bench/cpp/*.cu')
 PY_DIRS := loraserve tests tools bench
 
 FUZZ ?= 15

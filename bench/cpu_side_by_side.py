@@ -256,6 +256,7 @@ def measure(options: argparse.Namespace, size: str, root: Path) -> dict[str, Any
             server.close()
     peft = None if options.no_peft else PeftMixed(base, adapters, options.threads)
     rows |= adapter_rows(ours, peft, size, options.repeats)
+    del peft  # its memory
     alone = Ours(base, adapters[:1], options)
     rows |= merely_loaded(ours, alone, size, options.repeats)
     alone.engine.close()
@@ -296,7 +297,9 @@ def main() -> int:
     parser.add_argument("--sizes", default="120m,1b")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--isa", default="", help="ours: the highest instruction set to use")
+    parser.add_argument(
+        "--isa", default="", choices=("", *TORCH_LIMITS), help="the highest that ours and PEFT use"
+    )
     parser.add_argument(
         "--activation-dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="ours"
     )

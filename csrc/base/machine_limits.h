@@ -81,7 +81,7 @@ inline float ReadAvx2(const float* p, int64_t count) {
 // done on return. Not for tables without fused multiply-add.
 inline float RunFmaLoop(const std::string& isa, int64_t flops) {
 #if defined(__x86_64__)
-  if (isa == "x86-64-v4") return limits::FmaAvx512(flops / (limits::kChains * 16 * 2));
+  if (isa.starts_with("x86-64-v4")) return limits::FmaAvx512(flops / (limits::kChains * 16 * 2));
   return limits::FmaAvx2(flops / (limits::kChains * 8 * 2));
 #else
   return limits::FmaLoop<4>(flops / (limits::kChains * 4 * 2));

@@ -43,4 +43,5 @@ class EngineConfig:
     threads: int = 0
     """0: one for each core this process may use."""
     isa: str = ""
-    """CPU: the highest instruction set to use ("x86-64-v3", ...); empty: no limit."""
+    """CPU: the highest instruction set to use ("x86-64-v3", "x86-64-v4-bf16", ...); empty: no
+    limit."""

@@ -24,6 +24,7 @@ _LEVELS = (
     ("x86-64-v2", {"cx16", "lahf_lm", "pni", "popcnt", "sse4_1", "sse4_2", "ssse3"}),
     ("x86-64-v3", {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
     ("x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+    ("x86-64-v4-bf16", {"avx512_bf16"}),
 )
 _LITTLE_MEMORY = 2 << 30
 

@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "--activation-dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="that base products read; bfloat16 on cpu rounds, and is faster with AVX512-BF16 "
-        "(auto: float32 on cpu, bfloat16 on cuda)",
+        help="that base products read; bfloat16 on cpu rounds, and is faster with AVX512-BF16; "
+        "the same for all nodes of a cluster (auto: float32 on cpu, bfloat16 on cuda)",
     )
     number(add, "--threads", 0, "THREADS", "of the engine; 0: one for each core")
     number(add, "--memory-bytes", 0, "BYTES", "of KV cache and adapters in use; 0: 1 GiB")

@@ -60,5 +60,5 @@ def test_levels_build_on_each_other() -> None:
         assert seen[-1] == name
     assert seen == [
         *("generic", "generic", "x86-64-v2", "x86-64-v2"),
-        *("x86-64-v3", "x86-64-v3", "x86-64-v4"),
+        *("x86-64-v3", "x86-64-v3", "x86-64-v4", "x86-64-v4", "x86-64-v4-bf16"),
     ]

@@ -1,6 +1,7 @@
 """loraserve-node as a process, with the demo model: serves, drains, and fails in one line."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -21,7 +22,8 @@ from node_calls import generate, refused, run
 
 from loraserve.demo import MODEL_DIRECTORY, MODEL_NAME, adapter_directory
 from loraserve.errors import UnavailableError
-from loraserve.node.main import main
+from loraserve.node.main import _model_options, main, parse_arguments
+from loraserve.node.model import open_model
 from loraserve.wire import channel_options, dial
 from loraserve.wire_errors import from_rpc_error
 
@@ -211,6 +213,15 @@ server.bind = told
 node.open_model = lambda options: time.sleep(3600)
 sys.exit(node.main(sys.argv[1:]))
 """
+
+
+@pytest.mark.parametrize("wanted", [None, "bfloat16"])
+def test_options_of_the_model_reach_the_engine(wanted: str | None) -> None:
+    words = [*map(str, MODEL), "--max-batch-tokens", "96"]
+    words += ["--activation-dtype", wanted] if wanted else []
+    with contextlib.closing(open_model(_model_options(parse_arguments(words))).engine) as engine:
+        assert engine.config.max_batch_tokens == 96
+        assert engine.backend_name.endswith("activations bfloat16") == bool(wanted)
 
 
 def test_a_node_that_loads_says_so_and_can_be_stopped(tmp_path: Path) -> None:

@@ -126,7 +126,9 @@ def test_scenarios_keep_to_what_the_engine_takes() -> None:
 
 def test_a_sweep_of_the_engine_gives_a_profile_that_the_simulator_reads(tmp_path: Path) -> None:
     grid = Grid((1, 8), (16, 64), (8, 128), adapters_per_rank=2, repeats=5)
-    options = ProfileOptions(model=MODEL_DIRECTORY, base="demo", threads=1, grid=grid)
+    options = ProfileOptions(
+        model=MODEL_DIRECTORY, base="demo", activation_dtype="bfloat16", threads=1, grid=grid
+    )
     # What else this machine does may spoil a sweep, and does not spoil three.
     for _ in range(3):
         measured = measure(options)
@@ -135,6 +137,7 @@ def test_a_sweep_of_the_engine_gives_a_profile_that_the_simulator_reads(tmp_path
     assert measured.report.held_out_points >= 5
     assert measured.report.error_p50 < 0.5
     assert measured.profile.cost.prefill_token_s > 0
+    assert measured.profile.name.endswith("activations bfloat16")
     # Four layers of seven modules, float32, ranks rounded up to 8: some 27 kB for each rank.
     assert 27_000 < measured.profile.bytes_per_rank < 60_000
     path = tmp_path / "profile.json"

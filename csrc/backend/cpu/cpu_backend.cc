@@ -36,7 +36,7 @@ CpuBackend::CpuBackend(const CpuBackendOptions& options)
 
 std::string CpuBackend::name() const {
   const bool rounded = options_.activation_dtype == DType::kBF16;
-  return std::string("cpu ") + kernels_.name + (rounded ? " bfloat16" : "");
+  return std::string("cpu ") + kernels_.name + (rounded ? ", activations bfloat16" : "");
 }
 
 template <class Function>

@@ -24,11 +24,12 @@ void RoundedGemm(const GemmArgs& g);
 }
 
 namespace {
-// Not a level of its own: the rest is the same, and there are machines with and without it.
-const CpuKernels& V4() {
+// All else is as in x86-64-v4.
+const CpuKernels& V4WithBf16() {
   static const CpuKernels kernels = [] {
     CpuKernels v4 = x86_64_v4::kKernels;
-    if (__builtin_cpu_supports("avx512bf16")) v4.rounded_gemm = avx512_bf16::RoundedGemm;
+    v4.name = "x86-64-v4-bf16";
+    v4.rounded_gemm = avx512_bf16::RoundedGemm;
     return v4;
   }();
   return kernels;
@@ -41,7 +42,8 @@ const CpuKernels& SelectKernels(const char* limit) {
     bool runs;
   };
   const Level levels[] = {
-      {V4(), __builtin_cpu_supports("x86-64-v4") != 0},
+      {V4WithBf16(), __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16")},
+      {x86_64_v4::kKernels, __builtin_cpu_supports("x86-64-v4") != 0},
       {x86_64_v3::kKernels, __builtin_cpu_supports("x86-64-v3") != 0},
       {x86_64_v2::kKernels, __builtin_cpu_supports("x86-64-v2") != 0},
   };
@@ -55,7 +57,8 @@ const CpuKernels& SelectKernels(const char* limit) {
 
 bool HasKernels(const std::string& name) {
   return name == generic::kKernels.name || name == x86_64_v2::kKernels.name ||
-         name == x86_64_v3::kKernels.name || name == x86_64_v4::kKernels.name;
+         name == x86_64_v3::kKernels.name || name == x86_64_v4::kKernels.name ||
+         name == V4WithBf16().name;
 }
 #else
 const CpuKernels& SelectKernels(const char*) { return generic::kKernels; }

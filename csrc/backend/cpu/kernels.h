@@ -125,7 +125,7 @@ struct CpuKernels {
 };
 
 // The best table this machine can run. `limit`, when not null, names the highest to consider:
-// "x86-64-v2", "x86-64-v3", "x86-64-v4" or "generic".
+// "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16" (with AVX512-BF16) or "generic".
 const CpuKernels& SelectKernels(const char* limit);
 // Whether this build has a table of that name, be it that the machine can run it or not.
 bool HasKernels(const std::string& name);
