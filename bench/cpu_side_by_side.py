@@ -1,13 +1,12 @@
 """The CPU engine beside llama.cpp and PEFT on the same random checkpoints, interleaved.
 
     python bench/cpu_side_by_side.py --llama BUILD_DIR [--sizes 120m,1b] [--isa x86-64-v3]
-        [--activation-dtype bfloat16] [--repeats 5] [--work DIR] [--out FILE] [--table FILE]
+        [--activation-dtype bfloat16] [--repeats 5] [--only ROWS] [--work DIR] [--out FILE]
 
 Every row is timed in rounds: ours, then each peer, then ours once more (the second time is the
 noise floor: what a ratio of a thing to itself comes to). Medians over the rounds; tokens/s. Ours:
-bfloat16 weights and adapters, float32 sums and KV cache, and float32 activations unless
-told otherwise. docs/speed.md says how to get
-a build of llama.cpp.
+bfloat16 weights and adapters, float32 sums and KV cache, and float32 activations unless told
+otherwise. docs/speed.md says how to get a build of llama.cpp.
 """
 
 import argparse
@@ -102,50 +101,64 @@ class Ours:
         return rows * steps / self._generate(rows, prompt, steps, self._adapters(rows, which))
 
 
-def rounds(name: str, repeats: int, runs: dict[str, Run]) -> dict[str, Any]:
-    """One row of the table."""
-    samples: dict[str, list[float]] = {key: [] for key in runs}
-    again: list[float] = []
-    for _ in range(repeats):
-        for key, run in runs.items():
-            samples[key].append(run())
-        again.append(runs[OURS]())
-    median = {key: statistics.median(values) for key, values in samples.items()}
-    ours = median[OURS]
-    row = {
-        "tokens_per_s": {key: round(value, 2) for key, value in median.items()},
-        "ratio": {key: round(ours / value, 3) for key, value in median.items() if key != OURS},
-        "noise": round(max(ours / statistics.median(again), statistics.median(again) / ours), 3),
-        "spread": {key: round(max(v) / min(v), 3) for key, v in samples.items()},
-    }
-    print(name, json.dumps(row), flush=True)
-    return row
+class Rows:
+    """The table of one size. Only rows whose names hold `only`."""
+
+    def __init__(self, size: str, options: argparse.Namespace) -> None:
+        self.size = size
+        self.repeats = options.repeats
+        self.only = options.only
+        # Large models decode fewer steps: a round is seconds.
+        self.few = {"120m": 32, "1b": 6}.get(size, 8)
+        self.found: dict[str, Any] = {}
+
+    def wants(self, name: str) -> bool:
+        return self.only in name
+
+    def add(self, name: str, runs: dict[str, Run]) -> None:
+        """Measures in rounds, after one of ours that does not count."""
+        if not self.wants(name):
+            return
+        runs[OURS]()
+        samples: dict[str, list[float]] = {key: [] for key in runs}
+        again: list[float] = []
+        for _ in range(self.repeats):
+            for key, run in runs.items():
+                samples[key].append(run())
+            again.append(runs[OURS]())
+        median = {key: statistics.median(values) for key, values in samples.items()}
+        ours, noise = median[OURS], median[OURS] / statistics.median(again)
+        row = {
+            "tokens_per_s": {key: round(value, 2) for key, value in median.items()},
+            "ratio": {key: round(ours / value, 3) for key, value in median.items() if key != OURS},
+            "noise": round(max(noise, 1 / noise), 3),
+            "spread": {key: round(max(v) / min(v), 3) for key, v in samples.items()},
+        }
+        print(self.size, name, json.dumps(row), flush=True)
+        self.found[name] = row
 
 
-def base_rows(ours: Ours, llama: LlamaCpp, ggufs: dict[str, Path], size: str, repeats: int) -> Any:
-    """Without adapters, against llama.cpp. Large models decode fewer steps: a round is seconds."""
-    few = {"120m": 32, "1b": 6}.get(size, 8)
-    rows = {}
+def base_rows(rows: Rows, ours: Ours, llama: LlamaCpp, ggufs: dict[str, Path]) -> None:
+    """Without adapters, against llama.cpp."""
 
     def row(name: str, dtypes: list[str], own: Run, theirs: Callable[[Path], float]) -> None:
         peers: dict[str, Run] = {
             f"llama.cpp {dtype}": lambda dtype=dtype: theirs(ggufs[dtype])  # type: ignore[misc]
             for dtype in dtypes
         }
-        own()
-        rows[name] = rounds(f"{size} {name}", repeats, {OURS: own} | peers)
+        rows.add(name, {OURS: own} | peers)
 
     every = list(ggufs)
     half = [dtype for dtype in every if dtype != "f32"]
     row("prefill 512", every, lambda: ours.prefill(1, 512), lambda m: llama.prefill(m, 512))
-    for batch, steps in ((1, 2 * few), (8, few), (32, few)):
+    for batch, steps in ((1, 2 * rows.few), (8, rows.few), (32, rows.few)):
         row(
             f"decode batch {batch}",
             half,
             lambda b=batch, s=steps: ours.decode(b, CONTEXT, s),  # type: ignore[misc]
             lambda m, b=batch, s=steps: llama.decode(m, b, CONTEXT, s),  # type: ignore[misc]
         )
-    if size != "1b":  # minutes a round there
+    if rows.size != "1b":  # minutes a round there
         row(
             "prefill 2048",
             ["bf16"],
@@ -158,13 +171,11 @@ def base_rows(ours: Ours, llama: LlamaCpp, ggufs: dict[str, Path], size: str, re
             lambda: ours.decode(8, 2040, 8),
             lambda m: llama.decode(m, 8, 2040, 8),
         )
-    return rows
 
 
-def adapter_rows(ours: Ours, peft: PeftMixed | None, size: str, repeats: int) -> Any:
+def adapter_rows(rows: Rows, ours: Ours, peft: PeftMixed | None) -> None:
     """What mixed ranks cost over our own base, and PEFT's mixed batch."""
-    few = {"120m": 32, "1b": 6}.get(size, 8)
-    rows = {}
+    few = rows.few
     for batch in (8, 32):
         runs: dict[str, Run] = {
             OURS: lambda b=batch: ours.decode(b, CONTEXT, few, "mixed"),  # type: ignore[misc]
@@ -173,25 +184,36 @@ def adapter_rows(ours: Ours, peft: PeftMixed | None, size: str, repeats: int) ->
         }
         if peft is not None:
             runs["PEFT f32"] = lambda b=batch: peft.decode(b, CONTEXT, 4)  # type: ignore[misc]
-        runs[OURS]()
-        rows[f"mixed decode batch {batch}"] = rounds(f"{size} mixed {batch}", repeats, runs)
-    runs = {
-        OURS: lambda: ours.prefill(8, 64, "mixed"),
-        "our base": lambda: ours.prefill(8, 64),
-    }
-    rows["mixed prefill 8x64"] = rounds(f"{size} mixed prefill", repeats, runs)
-    return rows
+        rows.add(f"mixed decode batch {batch}", runs)
+    rows.add(
+        "mixed prefill 8x64",
+        {OURS: lambda: ours.prefill(8, 64, "mixed"), "our base": lambda: ours.prefill(8, 64)},
+    )
 
 
-def merely_loaded(ours: Ours, alone: Ours, size: str, repeats: int) -> Any:
+def merely_loaded(rows: Rows, ours: Ours, alone: Ours) -> None:
     """Rank-8 requests in an engine that holds all adapters, and in one that holds theirs alone."""
-    few = {"120m": 32, "1b": 6}.get(size, 8)
-    runs: dict[str, Run] = {
-        OURS: lambda: ours.decode(8, CONTEXT, few, "low"),
-        "rank 128 not loaded": lambda: alone.decode(8, CONTEXT, few, "low"),
+    rows.add(
+        "rank 8 only, rank 128 merely loaded",
+        {
+            OURS: lambda: ours.decode(8, CONTEXT, rows.few, "low"),
+            "rank 128 not loaded": lambda: alone.decode(8, CONTEXT, rows.few, "low"),
+        },
+    )
+
+
+def bandwidth(ours: Ours, size: str, threads: int, repeats: int) -> dict[str, float]:
+    """Bytes of weights that decoding one sequence reads, beside a loop that only reads."""
+    step_bytes = SHAPES[size].step_bytes()
+    found = [
+        (1e-9 * step_bytes * ours.decode(1, CONTEXT, 64), _testing.read_gbytes_per_s(threads))
+        for _ in range(repeats)
+    ]
+    return {
+        "weights_gbytes_per_s": round(statistics.median(used for used, _ in found), 2),
+        "read_gbytes_per_s": round(statistics.median(read for _, read in found), 2),
+        "share": round(statistics.median(used / read for used, read in found), 3),
     }
-    alone.decode(8, CONTEXT, few, "low")
-    return {"rank 8 only, rank 128 merely loaded": rounds(f"{size} rank 8", repeats, runs)}
 
 
 def attention_share(ours: Ours, repeats: int) -> dict[str, float]:
@@ -210,15 +232,18 @@ def attention_share(ours: Ours, repeats: int) -> dict[str, float]:
     }
 
 
-def server_rows(ours: Ours, server: LlamaServer, size: str, repeats: int) -> Any:
-    steps = {"120m": 128, "1b": 48}.get(size, 16)
-    runs: dict[str, Run] = {
-        OURS: lambda: ours.whole(8, 32, steps, "mixed"),
-        "llama-server f16": lambda: server.generate(8, 32, steps, lambda index: index % 8),
-        "llama-server f16, no adapter": lambda: server.generate(8, 32, steps, lambda index: None),
-    }
-    name = f"8 requests on 8 adapters, {steps} tokens"
-    return {name: rounds(f"{size} {name}", repeats, runs)}
+def server_rows(rows: Rows, ours: Ours, server: LlamaServer) -> None:
+    steps = {"120m": 128, "1b": 48}.get(rows.size, 16)
+    rows.add(
+        f"8 requests on 8 adapters, {steps} tokens",
+        {
+            OURS: lambda: ours.whole(8, 32, steps, "mixed"),
+            "llama-server f16": lambda: server.generate(8, 32, steps, lambda index: index % 8),
+            "llama-server f16, no adapter": lambda: server.generate(
+                8, 32, steps, lambda index: None
+            ),
+        },
+    )
 
 
 def table(report: dict[str, Any]) -> str:
@@ -243,35 +268,32 @@ def measure(options: argparse.Namespace, size: str, root: Path) -> dict[str, Any
     base, adapters = make_checkpoint(root, size)
     llama = LlamaCpp(options.llama, options.threads) if options.llama else None
     ours = Ours(base, adapters, options)
-    rows: dict[str, Any] = {}
+    rows = Rows(size, options)
     if llama is not None:
         dtypes = ("bf16", "f16", "f32")
         ggufs = {d: llama.convert(base, d, root / f"base-{d}.gguf") for d in dtypes}
         loras = [llama.convert_adapter(base, a, root / f"{a.name}.gguf") for a in adapters]
-        rows |= base_rows(ours, llama, ggufs, size, options.repeats)
+        base_rows(rows, ours, llama, ggufs)
         server = LlamaServer(llama, ggufs["f16"], loras, slots=8, context=512)
         try:
-            rows |= server_rows(ours, server, size, options.repeats)
+            server_rows(rows, ours, server)
         finally:
             server.close()
     peft = None if options.no_peft else PeftMixed(base, adapters, options.threads)
-    rows |= adapter_rows(ours, peft, size, options.repeats)
+    adapter_rows(rows, ours, peft)
     del peft  # its memory
     alone = Ours(base, adapters[:1], options)
-    rows |= merely_loaded(ours, alone, size, options.repeats)
+    merely_loaded(rows, ours, alone)
     alone.engine.close()
-    if size != "1b":
-        rows["attention"] = {"percent_of_step": attention_share(ours, options.repeats)}
-    read = _testing.read_gbytes_per_s(options.threads)
-    decode = ours.decode(1, CONTEXT, 16)
-    rows["decode batch 1, bandwidth"] = {
-        "weights_gbytes_per_s": round(decode * SHAPES[size].step_bytes() * 1e-9, 2),
-        "read_gbytes_per_s": round(read, 2),
-        "share": round(decode * SHAPES[size].step_bytes() * 1e-9 / read, 3),
-    }
-    rows["outside steps, decode batch 32"] = {"percent": round(ours.outside_steps(32, 24), 2)}
+    found = rows.found
+    if size != "1b" and rows.wants("attention"):
+        found["attention"] = {"percent_of_step": attention_share(ours, options.repeats)}
+    if rows.wants("decode batch 1, bandwidth"):
+        found["decode batch 1, bandwidth"] = bandwidth(ours, size, options.threads, options.repeats)
+    if rows.wants("outside steps"):
+        found["outside steps, decode batch 32"] = {"percent": round(ours.outside_steps(32, 24), 2)}
     ours.engine.close()
-    return rows
+    return found
 
 
 # What keeps PyTorch and its libraries to the instructions that ours is told to use.
@@ -303,6 +325,7 @@ def main() -> int:
     parser.add_argument(
         "--activation-dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="ours"
     )
+    parser.add_argument("--only", default="", help="rows whose names hold this")
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--work", type=Path, help="keeps checkpoints and GGUF files there")
     parser.add_argument("--out", type=Path)
