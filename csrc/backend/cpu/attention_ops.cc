@@ -1,5 +1,5 @@
 // Attention of the CPU backend: a task is one call of the kernel. Where there are fewer tasks than
-// keep all threads busy, as when a few long sequences decode, each span of a task's positions is a
+// threads, as when a few long sequences decode, each span of a task's positions is a
 // call of its own and their results are merged after; the bits are the same either way.
 #include <algorithm>
 #include <cmath>
@@ -119,8 +119,8 @@ void CpuBackend::FindPanels(const AttentionTask& task, int layer, int32_t begin,
 void CpuBackend::PagedAttention(Stream*, int layer, Tensor qkv, int window, Tensor y) {
   const std::vector<AttentionTask> tasks =
       CutAttention(layout_, inputs_.sequences, window, pool_.size());
-  const bool busy = std::ssize(tasks) >= kBusyTasks * pool_.size();
-  if (!busy && pool_.size() > 1 && AttentionBySpans(tasks, layer, qkv, window, y)) return;
+  // Spans cost a second pass: only where threads would have nothing to do.
+  if (std::ssize(tasks) < pool_.size() && AttentionBySpans(tasks, layer, qkv, window, y)) return;
   pool_.ParallelFor(static_cast<int64_t>(tasks.size()), [&](int64_t index, int worker) {
     const AttentionTask& task = tasks[static_cast<size_t>(index)];
     AttentionCall& call = attention_[static_cast<size_t>(worker)];
