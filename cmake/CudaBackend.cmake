@@ -19,7 +19,8 @@ set(LORASERVE_CUDA_KERNELS
   csrc/backend/cuda/host_registry.cu
   csrc/backend/cuda/lora_kernels.cu
   csrc/backend/cuda/prepared_weight.cu
-  csrc/backend/cuda/sampler.cu)
+  csrc/backend/cuda/sampler.cu
+  csrc/backend/cuda/step_graphs.cu)
 
 if(LORASERVE_CUDA STREQUAL "ON")
   set(CMAKE_CUDA_ARCHITECTURES "80-real;90a-real" CACHE STRING "")

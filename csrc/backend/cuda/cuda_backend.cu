@@ -1,7 +1,5 @@
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
-#include <cstring>
 
 #include "backend/cuda/attention.h"
 #include "backend/cuda/cuda_backend.h"
@@ -13,8 +11,6 @@
 namespace loraserve {
 
 namespace {
-
-constexpr int64_t kMaxGraphRows = 512;
 
 const CudaWeight& Cuda(const PreparedWeight& weight) {
   return static_cast<const CudaWeight&>(weight);
@@ -83,15 +79,13 @@ Result<std::unique_ptr<CudaBackend>> CudaBackend::Create() {
   backend->counters_ = std::make_unique<ScratchBuffer>();
   backend->h_ = std::make_unique<ScratchBuffer>();
   backend->sampler_ = std::make_unique<CudaSampler>();
-  const char* const graphs = std::getenv("LORASERVE_CUDA_GRAPHS");
-  backend->use_graphs_ = graphs == nullptr || std::string(graphs) != "0";
   return Result<std::unique_ptr<CudaBackend>>(std::move(backend));
 }
 
 CudaBackend::~CudaBackend() {
   if (stream_ == nullptr) return;
   LS_CUDA(cudaStreamSynchronize(stream_));
-  DropGraphs();
+  graphs_.Drop();
   installer_.reset();
   LS_CUDA(cudaEventDestroy(step_queued_));
   LS_CUDA(cudaStreamDestroy(stream_));
@@ -99,13 +93,6 @@ CudaBackend::~CudaBackend() {
 
 cudaStream_t CudaBackend::StreamOf(Stream* stream) const {
   return stream == nullptr ? stream_ : reinterpret_cast<cudaStream_t>(stream);
-}
-
-void CudaBackend::DropGraphs() {
-  for (auto& [key, graph] : graphs_) {
-    if (graph.exec != nullptr) LS_CUDA(cudaGraphExecDestroy(graph.exec));
-  }
-  graphs_.clear();
 }
 
 Result<std::unique_ptr<Buffer>> CudaBackend::Allocate(uint64_t bytes) {
@@ -176,7 +163,7 @@ Status CudaBackend::BindPages(const KvLayout& layout, uint32_t num_pages,
                                                     std::to_string(kTileBytes));
   }
   LS_CUDA(cudaStreamSynchronize(stream_));
-  DropGraphs();
+  graphs_.Drop();
   installer_.reset();
   arena_.reset();
   layout_ = layout;
@@ -252,7 +239,6 @@ void CudaBackend::WriteTables(const StepInputs& inputs, int64_t padded) {
     std::fill(to + from.size(), to + count, rest);
     return step_table_->device(to);
   };
-  step_.rows = static_cast<int32_t>(padded);
   step_.token_ids = add(inputs.token_ids, rows, int32_t{0});
   step_.positions = add(inputs.positions, rows, int32_t{0});
   auto* const row_sequence = step_table_->Add<int32_t>(rows);
@@ -300,31 +286,14 @@ void CudaBackend::RunStep(Stream* stream, int64_t rows, int64_t max_rows,
                           const std::function<void(int64_t)>& step) {
   const cudaStream_t on = StreamOf(stream);
   const int64_t padded = PaddedRowsOf(rows, max_rows);
-  if (!use_graphs_ || !decode_only_ || padded > kMaxGraphRows) {
-    step(padded);
+  if (decode_only_) {
+    // What its LoRA launches are: none, short runs, long runs.
+    const int lora = plan_.entries.empty() ? 0 : (plan_.token_tile == kDecodeTokens ? 1 : 2);
+    graphs_.Run(on, padded, lora, step);
   } else {
-    RunGraph(on, padded, step);
+    step(padded);
   }
   LS_CUDA(cudaEventRecord(step_queued_, on));
-}
-
-void CudaBackend::RunGraph(cudaStream_t stream, int64_t rows,
-                           const std::function<void(int64_t)>& step) {
-  const int lora = plan_.entries.empty() ? 0 : (plan_.token_tile == kDecodeTokens ? 1 : 2);
-  Graph& graph = graphs_[{rows, lora}];
-  if (!graph.warm) {
-    graph.warm = true;
-    return step(rows);
-  }
-  if (graph.exec == nullptr) {
-    cudaGraph_t recorded = nullptr;
-    LS_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    step(rows);
-    LS_CUDA(cudaStreamEndCapture(stream, &recorded));
-    LS_CUDA(cudaGraphInstantiate(&graph.exec, recorded, 0));
-    LS_CUDA(cudaGraphDestroy(recorded));
-  }
-  LS_CUDA(cudaGraphLaunch(graph.exec, stream));
 }
 
 void CudaBackend::Embed(Stream* stream, const PreparedWeight& embedding, Tensor y) {

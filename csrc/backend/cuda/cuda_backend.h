@@ -3,10 +3,8 @@
 #pragma once
 
 #include <functional>
-#include <map>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "backend/backend.h"
@@ -17,6 +15,7 @@
 #include "backend/cuda/kv_view.h"
 #include "backend/cuda/lora_kernels.h"
 #include "backend/cuda/sampler.h"
+#include "backend/cuda/step_graphs.h"
 
 namespace loraserve {
 
@@ -69,20 +68,10 @@ class CudaBackend final : public Backend {
               std::span<SampleResult> results) override;
 
  private:
-  // Rows that a graph is made for, and what its LoRA launches are: none, short runs, long runs.
-  using GraphKey = std::tuple<int64_t, int>;
-  struct Graph {
-    bool warm = false;  // ran once without being recorded: whatever loads at first use is loaded
-    cudaGraphExec_t exec = nullptr;
-  };
-
   CudaBackend() = default;
   cudaStream_t StreamOf(Stream* stream) const;
   void PlanStepLora(const StepInputs& inputs);
   void WriteTables(const StepInputs& inputs, int64_t padded);
-  // The step begun last, by its graph where there is one, on so many rows.
-  void RunGraph(cudaStream_t stream, int64_t rows, const std::function<void(int64_t)>& step);
-  void DropGraphs();
 
   std::string name_;
   int multiprocessors_ = 0;
@@ -113,8 +102,7 @@ class CudaBackend final : public Backend {
   std::vector<AttentionTile> attention_tiles_;
   bool decode_only_ = false;
   bool has_decode_rows_ = false;
-  std::map<GraphKey, Graph> graphs_;
-  bool use_graphs_ = true;
+  StepGraphs graphs_;
 
   std::unique_ptr<CudaSampler> sampler_;
 };

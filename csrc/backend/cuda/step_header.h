@@ -16,7 +16,6 @@ struct AttentionTile {
 };
 
 struct StepHeader {
-  int32_t rows = 0;
   int32_t num_entries = 0;
   int32_t num_lora_layers = 0;
   int32_t num_attention_tiles = 0;
