@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "backend/cpu/cpu_backend.h"
 
@@ -24,6 +25,28 @@ constexpr char kDevices[] = "cpu, cuda-emulated";
 constexpr char kDevices[] = "cpu";
 #endif
 
+const char* NameOf(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return "float32";
+    case DType::kF16:
+      return "float16";
+    case DType::kBF16:
+      return "bfloat16";
+  }
+  return "?";
+}
+
+// kInvalidArgument if `dtype` is none of those that `device` takes.
+Status CheckDType(const char* option, std::optional<DType> dtype, const std::string& device,
+                  std::initializer_list<DType> taken) {
+  if (!dtype || std::find(taken.begin(), taken.end(), *dtype) != taken.end()) return Status();
+  std::string names;
+  for (const DType one : taken) names += (names.empty() ? "" : ", ") + std::string(NameOf(one));
+  return Status(StatusCode::kInvalidArgument, std::string(option) + ": " + NameOf(*dtype) + " on " +
+                                                  device + "; it takes " + names);
+}
+
 int UsableCores() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
@@ -42,6 +65,12 @@ Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options) {
       return Status(StatusCode::kInvalidArgument,
                     "isa: '" + options.isa + "' is not an instruction set of this build");
     }
+    for (const Status& status :
+         {CheckDType("adapter_dtype", options.adapter_dtype, "cpu", {DType::kF32, DType::kBF16}),
+          CheckDType("activation_dtype", options.activation_dtype, "cpu",
+                     {DType::kF32, DType::kBF16})}) {
+      if (!status.ok()) return status;
+    }
     return std::unique_ptr<Backend>(std::make_unique<CpuBackend>(
         CpuBackendOptions{.threads = options.threads > 0 ? options.threads : UsableCores(),
                           .adapter_dtype = options.adapter_dtype,
@@ -50,10 +79,9 @@ Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options) {
   }
 #if defined(LORASERVE_HAS_CUDA) || defined(LORASERVE_CUDA_EMULATED)
   if (options.device == kCudaDevice) {
-    if (options.activation_dtype.value_or(DType::kBF16) != DType::kBF16) {
-      return Status(StatusCode::kInvalidArgument,
-                    "activation_dtype: float32, activations are bfloat16 on cuda");
-    }
+    const Status status =
+        CheckDType("activation_dtype", options.activation_dtype, "cuda", {DType::kBF16});
+    if (!status.ok()) return status;
     auto backend = CudaBackend::Create();
     if (!backend.ok()) return backend.status();
     return std::unique_ptr<Backend>(std::move(backend.value()));

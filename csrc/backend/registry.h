@@ -19,7 +19,7 @@ struct BackendOptions {
   std::string isa;  // CPU: the highest instruction set to use; empty: no limit
 };
 
-// kInvalidArgument for a device this build does not have, or what it cannot do.
+// kInvalidArgument, naming the option, for a device this build does not have or what it cannot do.
 Result<std::unique_ptr<Backend>> CreateBackend(const BackendOptions& options);
 
 }  // namespace loraserve

@@ -46,6 +46,11 @@ struct KvShape {
   uint64_t page_bytes;
 };
 
+// float16 too, which options of the engine never are: backends refuse it themselves.
+DType AnyDType(const std::string& name) {
+  return name == "float16" ? DType::kF16 : ParseDType(name);
+}
+
 class BackendOps {
  public:
   BackendOps(const std::string& device, const std::string& isa, int threads,
@@ -55,9 +60,9 @@ class BackendOps {
             {.device = device,
              .threads = threads,
              .adapter_dtype =
-                 adapter_dtype ? std::optional(ParseDType(*adapter_dtype)) : std::nullopt,
+                 adapter_dtype ? std::optional(AnyDType(*adapter_dtype)) : std::nullopt,
              .activation_dtype =
-                 activation_dtype ? std::optional(ParseDType(*activation_dtype)) : std::nullopt,
+                 activation_dtype ? std::optional(AnyDType(*activation_dtype)) : std::nullopt,
              .isa = isa}))),
         arrays_(backend_.get()) {}
 

@@ -1,6 +1,7 @@
 """Every operation of the Backend interface against numpy in float64, on every backend there is."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,19 @@ def check_rounded_gemm(device: str, isa: str, rows: int, n: int, k: int) -> None
         for begin, end in {(0, 1), (rows - 1, rows), (rows // 3, rows)}:
             own = alone.gemm(x[begin:end], [w], bias=list(bias), dtype="bfloat16")
             assert np.array_equal(own, found[begin:end])
+
+
+@pytest.mark.parametrize("option", ["activation_dtype", "adapter_dtype"])
+def test_a_dtype_that_the_backend_lacks_is_refused_by_name(
+    device: str, isa: str, option: str
+) -> None:
+    if option == "adapter_dtype" and kind(device) == "cuda":
+        pytest.skip("adapters are bfloat16 on cuda, whatever is asked for")
+    open_backend(device, isa)
+    options: dict[str, Any] = {option: "float16"}
+    with pytest.raises(_testing.StatusError) as caught:
+        _testing.BackendOps(device, isa, **options)
+    assert caught.value.args[1].startswith(f"{option}: float16 on {kind(device)}")
 
 
 def test_float32_weights_see_activations_unrounded(device: str, isa: str) -> None:

@@ -85,7 +85,7 @@ def test_what_the_kernels_lack_is_refused_by_name(store: OracleStore, device: st
         Engine(EngineConfig(model=store.checkpoint("qwen2"), device=device))
     with pytest.raises(InvalidArgumentError, match=r"page_bytes: 2048"):
         Engine(EngineConfig(model=store.checkpoint("llama"), device=device, page_bytes=2048))
-    with pytest.raises(InvalidArgumentError, match=r"activation_dtype: float32"):
+    with pytest.raises(InvalidArgumentError, match=r"activation_dtype: float32 on cuda.*bfloat16"):
         Engine(
             EngineConfig(model=store.checkpoint("llama"), device=device, activation_dtype="float32")
         )
