@@ -68,22 +68,29 @@ Status CheckLimits(const EngineConfig& config) {
 
 Result<std::unique_ptr<Engine>> Engine::Create(const EngineConfig& config, const ModelConfig& model,
                                                const ModelWeights& weights) {
-  Status status = CheckLimits(config);
+  const Status status = CheckLimits(config);
   if (!status.ok()) return status;
   auto backend = CreateBackend(config.backend);
   if (!backend.ok()) return backend.status();
-  return Create(config, std::move(backend.value()), model, weights);
+  return Make(config, std::move(backend.value()), model, weights);
 }
 
 Result<std::unique_ptr<Engine>> Engine::Create(const EngineConfig& config,
                                                std::unique_ptr<Backend> backend,
                                                const ModelConfig& model,
                                                const ModelWeights& weights) {
-  Status status = CheckLimits(config);
+  const Status status = CheckLimits(config);
   if (!status.ok()) return status;
+  return Make(config, std::move(backend), model, weights);
+}
+
+Result<std::unique_ptr<Engine>> Engine::Make(const EngineConfig& config,
+                                             std::unique_ptr<Backend> backend,
+                                             const ModelConfig& model,
+                                             const ModelWeights& weights) {
   std::unique_ptr<Engine> engine(new Engine(config, model));
   engine->backend_ = std::move(backend);
-  status = engine->Initialize(weights);
+  const Status status = engine->Initialize(weights);
   if (!status.ok()) return status;
   return engine;
 }

@@ -102,6 +102,11 @@ class Engine {
 
  private:
   Engine(const EngineConfig& config, const ModelConfig& model) : config_(config), model_(model) {}
+  // With limits that were looked at.
+  static Result<std::unique_ptr<Engine>> Make(const EngineConfig& config,
+                                              std::unique_ptr<Backend> backend,
+                                              const ModelConfig& model,
+                                              const ModelWeights& weights);
   Status Initialize(const ModelWeights& weights);
   void Started(Sequence& sequence, double now);
   void Measure(const StepBatch& batch, double seconds);
