@@ -90,7 +90,7 @@ tidy: $(VENV)/.test ## clang-tidy over the engine
 	$(BIN) cmake --preset cpu >/dev/null
 	$(BIN) $(PY) tools/run_tidy.py
 
-spills: $(VENV)/.test ## the CPU kernels as built: accumulators stay in registers (needs binutils)
+spills: $(VENV)/.test ## the CPU kernels as built: accumulators in registers, no shared functions (needs binutils)
 	$(BIN) cmake --preset cpu >/dev/null
 	$(BIN) cmake --build --preset cpu --target loraserve_backend
 	$(PY) tools/check_spills.py build/cpu/libloraserve_backend.a

@@ -1,10 +1,12 @@
 """The built CPU kernels: no tile of a product or of attention may store a vector to the stack
-between its products.
+between its products, and no function of theirs may be shared with other objects.
 
     python tools/check_spills.py OBJECT_OR_LIBRARY...
 
 An accumulator that does not fit the registers goes through memory with every k-row, and a tile so
-compiled runs at half its speed or less. Needs objdump (binutils) and symbols.
+compiled runs at half its speed or less. An inline function that is compiled as one of its own is
+the same symbol in every instruction set's object, and the linker keeps one of them for all: it may
+be one that this machine cannot run. Needs objdump and nm (binutils) and symbols.
 """
 
 import re
@@ -18,6 +20,16 @@ SYMBOL = re.compile(r"^[0-9a-f]+ <(?P<name>.*)>:$")
 PRODUCT = re.compile(r"\bv(fmadd|fmla|mulps|dpbf16ps)|\bfmla\b")
 # A vector register stored to the stack; a store of the result goes through other registers.
 SPILL = re.compile(r"\bvmov\w*\s+%[xyz]mm\d+,-?(0x[0-9a-f]+)?\(%r[sb]p\)|\bst[rp]\s+q\d+.*\[sp")
+
+# Objects whose sources are compiled once for each instruction set, and a weak function of one.
+SHARED = re.compile(r"(?P<object>\bkernels_[^/:]*):[0-9a-f]+ W (?P<name>.*)$")
+
+
+def shared(listing: str) -> list[str]:
+    """The functions in nm's listing (-A) of kernels that may be taken from another's object. Data
+    is left alone: it is the same whatever the instruction set."""
+    matches = [SHARED.search(line) for line in listing.splitlines()]
+    return [f"{m['object']}: {m['name']} is not inlined, and shared" for m in matches if m]
 
 
 def spills(listing: str) -> tuple[int, list[str]]:
@@ -48,22 +60,21 @@ def spills(listing: str) -> tuple[int, list[str]]:
     return tiles, found
 
 
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def main() -> int:
-    total, wrong = 0, []
+    total, spilling, common = 0, [], []
     for path in map(Path, sys.argv[1:]):
-        listing = subprocess.run(
-            ["objdump", "-d", "--no-show-raw-insn", str(path)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        tiles, found = spills(listing)
+        tiles, found = spills(output("objdump", "-d", "--no-show-raw-insn", str(path)))
         total += tiles
-        wrong += [f"{path.name}: {one}" for one in found]
-    for one in wrong:
+        spilling += [f"{path.name}: {one}" for one in found]
+        common += shared(output("nm", "-A", "-C", "--defined-only", str(path)))
+    for one in spilling + common:
         print(one)
-    print(f"{total} tiles, {len(wrong)} that spill")
-    return int(bool(wrong) or total == 0)
+    print(f"{total} tiles, {len(spilling)} that spill; {len(common)} functions that are shared")
+    return int(bool(spilling or common) or total == 0)
 
 
 if __name__ == "__main__":

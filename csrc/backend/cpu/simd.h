@@ -1,5 +1,6 @@
 // Vectors of L floats on GCC/Clang vector extensions. Included only by the kernel sources that are
-// compiled once per instruction set; everything is inlined, nothing here may be shared.
+// compiled once per instruction set; everything is inlined, nothing here may be shared
+// (tools/check_spills.py looks, at what else they include too).
 #pragma once
 
 #include <cstdint>
