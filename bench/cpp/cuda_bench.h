@@ -2,14 +2,16 @@
 // activations, and adapters of any ranks.
 //
 // Times are the device's own, between two events on the backend's stream, and each is taken after
-// other memory has been read through the caches. With the backend emulated all of it is a
-// rehearsal: small, once, and its numbers mean nothing.
+// other memory has been read through the caches, and with all of its work queued. With the backend
+// emulated all of it is a rehearsal: small, once, and its numbers mean nothing.
 #pragma once
 
 #include <benchmark/benchmark.h>
 
 #include <array>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <span>
@@ -46,8 +48,10 @@ class Device {
   CudaBackend& backend() { return *backend_; }
   // What reading memory reaches, measured when it was opened.
   double read_bytes_per_second() const { return read_bytes_per_second_; }
-  // Seconds between the begin and the end of what `queue` queues. `prepare` comes before, untimed,
-  // while caches are emptied.
+  // Seconds between the begin and the end of what `queue` queues. `prepare` comes before, untimed.
+  // The caches are emptied first, for as long as the host needs to queue all that follows: if the
+  // device came to the begin earlier, both are called again after twice the reading. A case whose
+  // work was not queued in time even so fails; its counter "reads" tells how much was needed.
   double Seconds(const std::function<void()>& prepare, const std::function<void()>& queue);
 
   Memory Upload(std::span<const uint16_t> values, int64_t rows, int64_t cols);

@@ -53,6 +53,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "no error";
+    case cudaErrorNotReady:
+      return "device not ready";
     case cudaErrorMemoryAllocation:
       return "out of memory";
     case cudaErrorHostMemoryAlreadyRegistered:
