@@ -74,6 +74,44 @@ part() {
   [ "$rc" = 0 ] || echo "gpu_suite: $name ended with $rc, see $out/$name.txt"
   parts+=("\"$name\": {\"rc\": $rc, \"s\": $((SECONDS - begin))}")
 }
+# What is built and written beside the tests, and while something is waited for, stands still while
+# something is timed: each of it is a group of processes, as timeout makes one.
+declare -A beside=()
+# beside NAME COMMAND...: begins it, its output in NAME.txt, for as long as there is time.
+beside() {
+  local name=$1 left=$((limit - (SECONDS - start)))
+  shift
+  timeout "$((left > 1 ? left : 1))" "$@" >"$out/$name.txt" 2>&1 &
+  beside[$name]=$!
+}
+signal_beside() {
+  local pid
+  for pid in "${beside[@]}"; do  # alone, while it is no group yet
+    kill "-$1" -- "-$pid" 2>/dev/null || kill "-$1" "$pid" 2>/dev/null || true
+  done
+}
+trap 'signal_beside CONT; signal_beside TERM' EXIT
+# timed NAME SECONDS COMMAND...: a part, with nothing beside it.
+timed() {
+  signal_beside STOP
+  part "$@"
+  signal_beside CONT
+}
+# awaited NAME SECONDS: waits so long for its end, within the time that is left, and then ends it;
+# fails, which is told, unless it is done.
+awaited() {
+  local pid=${beside[$1]:-} until=$((SECONDS + $2)) rc=0
+  [ -n "$pid" ] || return 1
+  [ "$until" -le $((start + limit)) ] || until=$((start + limit))
+  while kill -0 "$pid" 2>/dev/null && [ "$SECONDS" -lt "$until" ]; do sleep 0.2; done
+  kill "$pid" 2>/dev/null || true
+  wait "$pid" || rc=$?
+  unset "beside[$1]"
+  [ "$rc" != 0 ] || return 0
+  echo "gpu_suite: $1 ended with $rc, see $out/$1.txt"
+  parts+=("\"$1\": {\"rc\": $rc}")
+  return 1
+}
 
 if $rehearsal; then
   python=.venv/bin/python device=cuda-emulated only=emulated small=(--tiny)
@@ -107,34 +145,26 @@ built=$((SECONDS - start))
 
 engine=("$python" bench/gpu_engine.py --device "$device" --models "$models" "${small[@]}")
 # The models are written beside the tests, which need the GPU and few cores.
-writes_8b='' writes_7b=''
-if wanted gpu_engine_8b; then
-  timeout 150 "${engine[@]}" "${eight_layers[@]}" --write-only >"$out/write_8b.txt" 2>&1 &
-  writes_8b=$!
-fi
+if wanted gpu_engine_8b; then beside write_8b "${engine[@]}" "${eight_layers[@]}" --write-only; fi
 if wanted gpu_engine_7b && ! $rehearsal; then
-  timeout 300 "${engine[@]}" "${all_layers[@]}" --write-only >"$out/write_7b.txt" 2>&1 &
-  writes_7b=$!
+  beside write_7b "${engine[@]}" "${all_layers[@]}" --write-only
 fi
 
 # So are the benchmarks of single kernels built, with Google Benchmark from the wheels' folder or as
 # it is installed.
 kernels=(bench_cuda_lora bench_cuda_attention bench_cuda_step)
-builds_kernels='' build_kernels=build/gpu_bench
+build_kernels=build/gpu_bench
 if wanted bench_cuda_lora || wanted bench_cuda_attention || wanted bench_cuda_step; then
-  (
-    export PATH="$PWD/$(dirname "$python"):$PATH"
-    options=(-DCMAKE_BUILD_TYPE=Release -DLORASERVE_BUILD_PYTHON=OFF -DLORASERVE_BUILD_BENCH=ON
-      "-DLORASERVE_BENCHMARK_SOURCE=$(realpath -qe "$wheels"/google-benchmark-*.tar.gz || true)")
-    if $rehearsal; then
-      options+=(-DLORASERVE_CUDA=EMULATED)
-    else
-      options+=(-DLORASERVE_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$architectures")
-    fi
-    timeout 60 cmake -S . -B "$build_kernels" -G Ninja "${options[@]}"
-    timeout 450 cmake --build "$build_kernels" --target "${kernels[@]}"
-  ) >"$out/build_kernels.txt" 2>&1 &
-  builds_kernels=$!
+  options=(-DCMAKE_BUILD_TYPE=Release -DLORASERVE_BUILD_PYTHON=OFF -DLORASERVE_BUILD_BENCH=ON
+    "-DLORASERVE_BENCHMARK_SOURCE=$(realpath -qe "$wheels"/google-benchmark-*.tar.gz || true)")
+  if $rehearsal; then
+    options+=(-DLORASERVE_CUDA=EMULATED)
+  else
+    options+=(-DLORASERVE_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$architectures")
+  fi
+  beside build_kernels env PATH="$PWD/$(dirname "$python"):$PATH" bash -c '
+    cmake -S . -B "$0" -G Ninja "$@" && cmake --build "$0" --target '"${kernels[*]}" \
+    "$build_kernels" "${options[@]}"
 fi
 
 suite=(tests/python/test_backend_ops.py tests/python/test_sampler.py tests/python/test_cuda_lora.py
@@ -145,37 +175,34 @@ tests=$rc
 wanted tests || tests=null
 [ ! -e "$out/tests.txt" ] || tail -15 "$out/tests.txt"
 part soak 90 "$python" -m pytest -rs -k "$only" --durations 1 tests/python/test_cuda_soak.py
-part gpu_lora 70 "$python" bench/gpu_lora.py --device "$device" --budget 45 "${small[@]}" \
+timed gpu_lora 70 "$python" bench/gpu_lora.py --device "$device" --budget 45 "${small[@]}" \
   --out "$out/gpu_lora.json"
-[ -z "$writes_8b" ] || wait "$writes_8b" || echo "gpu_suite: no model of 8B, see $out/write_8b.txt"
-part gpu_engine_8b 100 "${engine[@]}" "${eight_layers[@]}" --graphs-off --budget 70 \
-  --out "$out/gpu_engine_8b.json"
+if awaited write_8b 90; then
+  timed gpu_engine_8b 100 "${engine[@]}" "${eight_layers[@]}" --graphs-off --budget 70 \
+    --out "$out/gpu_engine_8b.json"
+fi
 sanitizer=null
 if command -v compute-sanitizer >/dev/null && ! $rehearsal; then
   part sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -k "$only" \
     tests/python/test_cuda_lora.py
   ! wanted sanitizer || sanitizer=$rc
 fi
-if ! $rehearsal; then
-  [ -z "$writes_7b" ] || wait "$writes_7b" || echo "gpu_suite: no model of 7B, see $out/write_7b.txt"
-  part gpu_engine_7b 170 "${engine[@]}" "${all_layers[@]}" --budget 130 \
+if awaited write_7b 120; then
+  timed gpu_engine_7b 170 "${engine[@]}" "${all_layers[@]}" --budget 130 \
     --out "$out/gpu_engine_7b.json"
 fi
 if [ -d build/gpu_peers ] && ! $rehearsal; then
-  part gpu_lora_peers 150 "$python" bench/gpu_lora.py --budget 20 --repeats 10 \
+  timed gpu_lora_peers 150 "$python" bench/gpu_lora.py --budget 20 --repeats 10 \
     --peers vllm,sglang --peer-budget 90 --out "$out/gpu_lora_peers.json"
 fi
-part gpu_pool 45 "$python" bench/gpu_pool.py --device "$device" --seconds 2 --rounds 2 \
+timed gpu_pool 45 "$python" bench/gpu_pool.py --device "$device" --seconds 2 --rounds 2 \
   "${small[@]}" --out "$out/gpu_pool.json"
 
-if [ -z "$builds_kernels" ]; then :; elif wait "$builds_kernels"; then
+if awaited build_kernels "$limit"; then
   for kernel in "${kernels[@]}"; do
-    part "$kernel" 120 "$build_kernels/$kernel" --benchmark_out="$out/$kernel.json" \
+    timed "$kernel" 120 "$build_kernels/$kernel" --benchmark_out="$out/$kernel.json" \
       --benchmark_out_format=json
   done
-else
-  echo "gpu_suite: no benchmarks of single kernels, see $out/build_kernels.txt"
-  parts+=('"bench_cuda": {"rc": "not built"}')
 fi
 
 # The suite's result is the tests'; what could not be measured is told here and in its own file.
