@@ -4,9 +4,10 @@
         [--activation-dtype bfloat16] [--repeats 5] [--only ROWS] [--work DIR] [--out FILE]
 
 Every row is timed in rounds: ours, then each peer, then ours once more (the second time is the
-noise floor: what a ratio of a thing to itself comes to). Medians over the rounds; tokens/s. Ours:
-bfloat16 weights and adapters, float32 sums and KV cache, and float32 activations unless told
-otherwise. docs/speed.md says how to get a build of llama.cpp.
+noise floor: what a ratio of a thing to itself comes to). Medians over the rounds, of tokens/s and
+of each round's ratio: what changes for minutes changes both sides of it. Ours: bfloat16 weights and
+adapters, float32 sums and KV cache, and float32 activations unless told otherwise. docs/speed.md
+says how to get a build of llama.cpp.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,8 @@ class Ours:
         time.sleep(0.05)  # the last step's record comes after its tokens
         taken = self.engine.take_step_records()
         records = [r for r in taken if r.decode_tokens == rows and not r.prefill_tokens]
+        if not records:
+            raise RuntimeError(f"{rows} rows after {context} tokens never decoded together")
         return rows * len(records) / sum(record.seconds for record in records)
 
     def outside_steps(self, rows: int, steps: int) -> float:
@@ -116,23 +120,29 @@ class Rows:
         return self.only in name
 
     def add(self, name: str, runs: dict[str, Run]) -> None:
-        """Measures in rounds, after one of ours that does not count."""
+        """Measures in rounds, after one of our own that does not count."""
         if not self.wants(name):
             return
-        runs[OURS]()
+        for key in runs:
+            if not key.startswith(("llama", "PEFT")):
+                runs[key]()
         samples: dict[str, list[float]] = {key: [] for key in runs}
         again: list[float] = []
         for _ in range(self.repeats):
             for key, run in runs.items():
                 samples[key].append(run())
             again.append(runs[OURS]())
-        median = {key: statistics.median(values) for key, values in samples.items()}
-        ours, noise = median[OURS], median[OURS] / statistics.median(again)
+
+        def ratio(theirs: list[float]) -> float:
+            return statistics.median(a / b for a, b in zip(samples[OURS], theirs, strict=True))
+
+        noise = ratio(again)
         row = {
-            "tokens_per_s": {key: round(value, 2) for key, value in median.items()},
-            "ratio": {key: round(ours / value, 3) for key, value in median.items() if key != OURS},
+            "tokens_per_s": {k: round(statistics.median(v), 2) for k, v in samples.items()},
+            "ratio": {k: round(ratio(v), 3) for k, v in samples.items() if k != OURS},
             "noise": round(max(noise, 1 / noise), 3),
-            "spread": {key: round(max(v) / min(v), 3) for key, v in samples.items()},
+            "spread": {k: round(max(v) / min(v), 3) for k, v in samples.items()},
+            "samples": {k: [round(x, 2) for x in v] for k, v in samples.items()},
         }
         print(self.size, name, json.dumps(row), flush=True)
         self.found[name] = row
@@ -286,11 +296,11 @@ def measure(options: argparse.Namespace, size: str, root: Path) -> dict[str, Any
     merely_loaded(rows, ours, alone)
     alone.engine.close()
     found = rows.found
-    if size != "1b" and rows.wants("attention"):
-        found["attention"] = {"percent_of_step": attention_share(ours, options.repeats)}
+    if size != "1b" and rows.wants("attention's share"):
+        found["attention's share"] = {"percent_of_step": attention_share(ours, options.repeats)}
     if rows.wants("decode batch 1, bandwidth"):
         found["decode batch 1, bandwidth"] = bandwidth(ours, size, options.threads, options.repeats)
-    if rows.wants("outside steps"):
+    if rows.wants("outside steps, decode batch 32"):
         found["outside steps, decode batch 32"] = {"percent": round(ours.outside_steps(32, 24), 2)}
     ours.engine.close()
     return found
@@ -335,6 +345,9 @@ def main() -> int:
     report: dict[str, Any] = measured_on()
     report |= {"isa": options.isa or "native", "threads": options.threads}
     report |= {"activation_dtype": options.activation_dtype}
+    report["peers"] = {name: version(name) for name in ("torch", "transformers", "peft")}
+    if options.llama:
+        report["peers"]["llama.cpp"] = LlamaCpp(options.llama, options.threads).made_with()
     report |= {"repeats": options.repeats, "results": {}}
     with tempfile.TemporaryDirectory() as scratch:
         root = options.work or Path(scratch)

@@ -69,25 +69,25 @@ part() {
     rc=124
     echo "no time was left" >"$out/$name.txt"
   else
-    timeout "$room" "$@" >"$out/$name.txt" 2>&1 || rc=$?
+    timeout -k 5 "$room" "$@" >"$out/$name.txt" 2>&1 || rc=$?
   fi
   [ "$rc" = 0 ] || echo "gpu_suite: $name ended with $rc, see $out/$name.txt"
   parts+=("\"$name\": {\"rc\": $rc, \"s\": $((SECONDS - begin))}")
 }
 # What is built and written beside the tests, and while something is waited for, stands still while
-# something is timed: each of it is a group of processes, as timeout makes one.
+# something is timed: each of it is a session, as ninja gives every compiler a group of its own.
 declare -A beside=()
 # beside NAME COMMAND...: begins it, its output in NAME.txt, for as long as there is time.
 beside() {
   local name=$1 left=$((limit - (SECONDS - start)))
   shift
-  timeout "$((left > 1 ? left : 1))" "$@" >"$out/$name.txt" 2>&1 &
+  setsid timeout -k 5 "$((left > 1 ? left : 1))" "$@" >"$out/$name.txt" 2>&1 &
   beside[$name]=$!
 }
 signal_beside() {
   local pid
-  for pid in "${beside[@]}"; do  # alone, while it is no group yet
-    kill "-$1" -- "-$pid" 2>/dev/null || kill "-$1" "$pid" 2>/dev/null || true
+  for pid in "${beside[@]}"; do  # alone, while it is no session yet
+    pkill "-$1" -s "$pid" || kill "-$1" "$pid" 2>/dev/null || true
   done
 }
 trap 'signal_beside CONT; signal_beside TERM' EXIT
@@ -104,7 +104,7 @@ awaited() {
   [ -n "$pid" ] || return 1
   [ "$until" -le $((start + limit)) ] || until=$((start + limit))
   while kill -0 "$pid" 2>/dev/null && [ "$SECONDS" -lt "$until" ]; do sleep 0.2; done
-  kill "$pid" 2>/dev/null || true
+  pkill -TERM -s "$pid" || true
   wait "$pid" || rc=$?
   unset "beside[$1]"
   [ "$rc" != 0 ] || return 0

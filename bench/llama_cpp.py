@@ -29,6 +29,12 @@ class LlamaCpp:
         home = [line for line in cache if line.startswith("CMAKE_HOME_DIRECTORY")]
         self.source = Path(home[0].partition("=")[2])
 
+    def made_with(self) -> str:
+        """The directory of its sources, and what of its instruction sets was chosen."""
+        wanted = ("GGML_NATIVE:", "GGML_AVX", "GGML_FMA:", "GGML_F16C:", "GGML_BMI2:")
+        cache = (self.bin.parent / "CMakeCache.txt").read_text().splitlines()
+        return " ".join([self.source.parts[-3], *(x for x in cache if x.startswith(wanted))])
+
     def convert(self, base: Path, dtype: str, out: Path) -> Path:
         """A Hugging Face directory as GGUF in f32, f16 or bf16."""
         self._convert("convert_hf_to_gguf.py", [str(base), "--outtype", dtype], out)

@@ -205,7 +205,7 @@ class LoraBench {
     return rank == kMixed ? kRanks[static_cast<size_t>(adapter) % kRanks.size()]
                           : static_cast<int>(rank);
   }
-  // Tells the adapters of a step apart, whatever their ranks.
+  // Tells most adapters of a step apart, whatever their ranks.
   static float ScalingOf(int rank, int64_t adapter) {
     return static_cast<float>((1 + adapter % 8) * (4 + adapter / 8)) / static_cast<float>(rank);
   }

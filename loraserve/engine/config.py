@@ -20,7 +20,7 @@ class EngineConfig:
     weight_dtype: DTypeChoice = "auto"
     """auto: bfloat16 if the checkpoint is bfloat16, else float32."""
     adapter_dtype: DTypeChoice = "auto"
-    """auto: bfloat16 adapters stay so, others become float32."""
+    """auto: bfloat16 adapters stay so, others become float32. cuda keeps bfloat16 alone."""
     activation_dtype: DTypeChoice = "auto"
     """What products with base weights read the activations as. auto: float32 on cpu, bfloat16 on
     cuda. bfloat16 on cpu needs bfloat16 weights, rounds as engines that compute in bfloat16 do, and
