@@ -70,7 +70,8 @@ def main() -> int:
         tiles, found = spills(output("objdump", "-d", "--no-show-raw-insn", str(path)))
         total += tiles
         spilling += [f"{path.name}: {one}" for one in found]
-        common += shared(output("nm", "-A", "-C", "--defined-only", str(path)))
+        symbols = output("nm", "-A", "-C", "--defined-only", str(path))
+        common += shared(symbols) if "kernels_" in symbols else [f"{path.name}: no kernels in it"]
     for one in spilling + common:
         print(one)
     print(f"{total} tiles, {len(spilling)} that spill; {len(common)} functions that are shared")
