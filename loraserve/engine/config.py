@@ -18,7 +18,7 @@ class EngineConfig:
     None: names are not compared. Base digests, where adapters have them, and shapes always are."""
     device: str = "cpu"
     weight_dtype: DTypeChoice = "auto"
-    """auto: bfloat16 if the checkpoint is bfloat16, else float32."""
+    """auto: bfloat16 if the checkpoint is bfloat16, else float32. cuda keeps bfloat16 alone."""
     adapter_dtype: DTypeChoice = "auto"
     """auto: bfloat16 adapters stay so, others become float32. cuda keeps bfloat16 alone."""
     activation_dtype: DTypeChoice = "auto"
