@@ -167,8 +167,8 @@ if wanted bench_cuda_lora || wanted bench_cuda_attention || wanted bench_cuda_st
     "$build_kernels" "${options[@]}"
 fi
 
-suite=(tests/python/test_backend_ops.py tests/python/test_sampler.py tests/python/test_cuda_lora.py
-  tests/python/test_cuda_engine.py tests/python/test_pinned_host_memory.py)
+suite=(tests/python/test_backend_ops.py tests/python/test_rounded_gemm.py tests/python/test_sampler.py
+  tests/python/test_cuda_lora.py tests/python/test_cuda_engine.py tests/python/test_pinned_host_memory.py)
 if $rehearsal; then suite=(tests/python/test_cuda_lora.py); fi
 part tests 150 "$python" -m pytest -rs -k "$only" --junitxml "$out/tests.xml" "${suite[@]}"
 tests=$rc

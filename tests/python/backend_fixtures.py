@@ -37,6 +37,12 @@ TOLERANCE = {
 }
 
 
+GEMM_SHAPES = [
+    *[(1, 16, 8), (1, 211, 96), (3, 80, 50), (7, 33, 200), (29, 130, 72), (130, 48, 33)],
+    *[(1, 70, 1501), (11, 40, 1025), (101, 17, 2100)],  # several blocks of k-rows and of rows
+]
+
+
 def kind(device: str) -> str:
     """What a device computes like."""
     return device.removesuffix("-emulated")
@@ -76,3 +82,14 @@ def to_bits(x: FloatArray) -> npt.NDArray[np.uint16]:
 
 def from_bits(bits: npt.NDArray[np.uint16]) -> FloatArray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def precise(rng: np.random.Generator, *shape: int) -> FloatArray:
+    """Values that bfloat16 would round: a backend that keeps the wrong dtype is seen."""
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def kept(w: FloatArray, dtype: str, device: str = "cpu") -> Array:
+    """What a weight prepared as `dtype` holds. CUDA has bfloat16 alone."""
+    rounds = dtype == "bfloat16" or kind(device) == "cuda"
+    return (from_bits(to_bits(w)) if rounds else w).astype(np.float64)

@@ -8,13 +8,16 @@ import pytest
 from backend_fixtures import (
     BACKENDS,
     BATCH_INVARIANT,
+    GEMM_SHAPES,
     Array,
     FloatArray,
     close,
     from_bits,
+    kept,
     kind,
     open_backend,
     page_bytes_for,
+    precise,
     random,
     to_bits,
 )
@@ -23,21 +26,6 @@ from loraserve import _testing
 
 pytestmark = pytest.mark.parametrize(("device", "isa"), BACKENDS)
 DTYPES = ("float32", "bfloat16")
-GEMM_SHAPES = [
-    *[(1, 16, 8), (1, 211, 96), (3, 80, 50), (7, 33, 200), (29, 130, 72), (130, 48, 33)],
-    *[(1, 70, 1501), (11, 40, 1025), (101, 17, 2100)],  # several blocks of k-rows and of rows
-]
-
-
-def precise(rng: np.random.Generator, *shape: int) -> FloatArray:
-    """Values that bfloat16 would round: a backend that keeps the wrong dtype is seen."""
-    return rng.standard_normal(shape, dtype=np.float32)
-
-
-def kept(w: FloatArray, dtype: str, device: str = "cpu") -> Array:
-    """What a weight prepared as `dtype` holds. CUDA has bfloat16 alone."""
-    rounds = dtype == "bfloat16" or kind(device) == "cuda"
-    return (from_bits(to_bits(w)) if rounds else w).astype(np.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,35 +75,6 @@ def test_gemm_rows_do_not_depend_on_their_company(device: str, isa: str, dtype: 
         assert np.array_equal(alone.gemm(x[begin:end], [w], dtype=dtype), together[begin:end])
 
 
-@pytest.mark.parametrize(("rows", "n", "k"), GEMM_SHAPES)
-def test_gemm_of_rounded_activations(device: str, isa: str, rows: int, n: int, k: int) -> None:
-    """Both sides in bfloat16: the products are exact in float32, so only the sums differ."""
-    check_rounded_gemm(device, isa, rows, n, k)
-    if isa == "x86-64-v4":
-        # The same kernels but for these products, where the machine has the instructions.
-        better = open_backend(device, "x86-64-v4-bf16").name
-        assert better in ("cpu x86-64-v4", "cpu x86-64-v4-bf16")
-        if better.endswith("bf16"):
-            check_rounded_gemm(device, "x86-64-v4-bf16", rows, n, k)
-
-
-def check_rounded_gemm(device: str, isa: str, rows: int, n: int, k: int) -> None:
-    backend = open_backend(device, isa, activation_dtype="bfloat16")
-    rng = np.random.default_rng(rows * n * k + 1)
-    x, w, y = precise(rng, rows, k), precise(rng, n, k), random(rng, rows, n)
-    bias = precise(rng, n)
-    product = from_bits(to_bits(x)).astype(np.float64) @ kept(w, "bfloat16").T
-    scale = np.sqrt(k) if k < 512 else k / 4
-    found = backend.gemm(x, [w], bias=list(bias), dtype="bfloat16")
-    close(device, "gemm", found, product + bias, scale)
-    close(device, "gemm", backend.gemm(x, [w], dtype="bfloat16", y=y), product + y, scale)
-    if device in BATCH_INVARIANT:
-        alone = open_backend(device, isa, threads=1, activation_dtype="bfloat16")
-        for begin, end in {(0, 1), (rows - 1, rows), (rows // 3, rows)}:
-            own = alone.gemm(x[begin:end], [w], bias=list(bias), dtype="bfloat16")
-            assert np.array_equal(own, found[begin:end])
-
-
 @pytest.mark.parametrize("option", ["activation_dtype", "adapter_dtype"])
 def test_a_dtype_that_the_backend_lacks_is_refused_by_name(
     device: str, isa: str, option: str
@@ -127,15 +86,6 @@ def test_a_dtype_that_the_backend_lacks_is_refused_by_name(
     with pytest.raises(_testing.StatusError) as caught:
         _testing.BackendOps(device, isa, **options)
     assert caught.value.args[1].startswith(f"{option}: float16 on {kind(device)}")
-
-
-def test_float32_weights_see_activations_unrounded(device: str, isa: str) -> None:
-    backend = open_backend(device, isa, activation_dtype="bfloat16")
-    if kind(device) == "cuda":
-        pytest.skip("cuda has bfloat16 alone")
-    rng = np.random.default_rng(8)
-    x, w = precise(rng, 3, 40), precise(rng, 20, 40)
-    assert np.array_equal(backend.gemm(x, [w]), open_backend(device, isa).gemm(x, [w]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

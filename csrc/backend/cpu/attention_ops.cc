@@ -1,6 +1,6 @@
 // Attention of the CPU backend: a task is one call of the kernel. Where there are fewer tasks than
-// threads, as when a few long sequences decode, each span of a task's positions is a
-// call of its own and their results are merged after; the bits are the same either way.
+// threads, as when a few long sequences decode, each span of a task's positions is a call of its
+// own and their results are merged after; the bits are the same either way.
 #include <algorithm>
 #include <cmath>
 

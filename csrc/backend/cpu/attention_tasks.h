@@ -25,7 +25,8 @@ struct AttentionTask {
   }
 };
 
-// All tasks of a step, those that take longest first. More threads, fewer queries in each.
+// All tasks of a step, of each sequence those that take longest first. More threads, fewer queries
+// in each.
 std::vector<AttentionTask> CutAttention(const KvLayout& layout,
                                         std::span<const SequenceSpan> sequences, int window,
                                         int threads);
