@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds the CUDA backend, runs the tests of device "cuda" and a soak, runs
 # the kernels under compute-sanitizer where there is one, and measures the LoRA operation, the whole
-# engine, installs from the host pool and, where there is Google Benchmark, single kernels. In ten minutes (LORASERVE_GPU_SUITE_S, seconds, says
-# otherwise): what time is left for is begun, each part within its own limit, and a part that fails
-# or runs out of time is told in suite.json and ends nothing else. Needs no network if
-# build/gpu_wheels holds the wheels, and 20 GB for two models (LORASERVE_GPU_MODELS, build/gpu_models).
+# engine, installs from the host pool and, where there is Google Benchmark, single kernels. In ten
+# minutes (LORASERVE_GPU_SUITE_S, seconds, says otherwise): what time is left for is begun, each part
+# within its own limit, and a part that fails or runs out of time is told in suite.json and ends
+# nothing else. Needs no network if build/gpu_wheels holds the wheels, and 20 GB for two models
+# (LORASERVE_GPU_MODELS, build/gpu_models).
 #
 #   bench/gpu_suite.sh wheels          on a machine with a network: fills build/gpu_wheels (Python 3.12),
 #                                      with the sources of Google Benchmark among them
